@@ -1,0 +1,35 @@
+"""Differentially private training and fine-tuning of Keras models, and the epsilon of what ran.
+
+Public names load when they are first used: `import tfprivacy_ft` and everything about epsilon need no TensorFlow.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module it lives in.
+_HOMES = {
+    "DPKerasSGDOptimizer": "optimizers",
+    "DPKerasAdamOptimizer": "optimizers",
+    "DPKerasAdamWOptimizer": "optimizers",
+    "DPKerasAdagradOptimizer": "optimizers",
+    "make_dp_optimizer_class": "optimizers",
+    "PrivacyPlan": "plan",
+    "poisson_batches": "sampling",
+}
+_MODULES = ("accounting", "compute_epsilon", "datasets", "errors", "events", "ledger", "models")
+
+__all__ = ["__version__", *_HOMES, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

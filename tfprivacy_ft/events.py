@@ -1,0 +1,190 @@
+"""The vocabulary of the accounts: what one release of something computed from private data was.
+
+An `Event` is written to the ledger before it happens and turned into epsilon by `accounting`. It holds public
+facts only, and knows neither TensorFlow nor dp_accounting.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from tfprivacy_ft.errors import InvalidArgumentError
+
+Unit = Literal["example", "client"]
+Sampler = Literal["poisson", "shuffled", "fixed", "unknown"]
+Relation = Literal["add_or_remove_one", "zero_out", "replace_one"]
+
+# Which neighbouring data sets each sampler is accounted for.
+RELATIONS: dict[str, Relation] = {
+    "poisson": "add_or_remove_one",
+    "shuffled": "zero_out",
+    "fixed": "replace_one",
+    "unknown": "zero_out",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """`count` releases of one Gaussian mechanism on sampled units of privacy.
+
+    Args:
+      unit: who is protected, `"example"` or `"client"`.
+      sampler: how the units of one release were chosen. `"poisson"`: each independently with
+        `sampling_probability`. `"shuffled"`: each at most once in a pass, no amplification. `"fixed"`:
+        `cohort_size` of `population`, uniformly without replacement. `"unknown"`: anything else, taken to be
+        every unit in every release.
+      noise_multiplier: standard deviation of the noise divided by the clip; 0 means no privacy.
+      count: releases (steps or rounds), >= 0.
+      population: units that could take part, >= 1 (public); None where it is not known.
+      sampling_probability: in (0, 1], for `"poisson"`.
+      cohort_size: units in one release, for `"fixed"`.
+      participations: the most releases any one unit took part in: passes for `"shuffled"`, and `count` otherwise.
+      l2_norm_clip: the clip, for the record; epsilon does not depend on it.
+
+    Raises:
+      InvalidArgumentError: a value is outside its range.
+
+    Example:
+      >>> Event.poisson(count=2, noise_multiplier=1.1, sampling_probability=0.01, population=60000).relation
+      'add_or_remove_one'
+    """
+
+    unit: Unit
+    sampler: Sampler
+    noise_multiplier: float
+    count: int
+    participations: int
+    population: int | None = None
+    sampling_probability: float | None = None
+    cohort_size: int | None = None
+    l2_norm_clip: float | None = None
+
+    def __post_init__(self):
+        if self.unit not in ("example", "client"):
+            raise InvalidArgumentError(f"unit={self.unit!r} is not a unit of privacy: use 'example' or 'client'.")
+        if self.sampler not in RELATIONS:
+            raise InvalidArgumentError(f"sampler={self.sampler!r} is unknown: use one of {', '.join(RELATIONS)}.")
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
+            raise InvalidArgumentError(
+                f"noise_multiplier={self.noise_multiplier} is not allowed: give a finite number >= 0."
+            )
+        if not 0 <= self.participations <= self.count:
+            raise InvalidArgumentError(
+                f"participations={self.participations} must lie between 0 and count={self.count}."
+            )
+        if self.sampler == "poisson" and not (
+            self.sampling_probability is not None and 0 < self.sampling_probability <= 1
+        ):
+            raise InvalidArgumentError(
+                f"sampling_probability={self.sampling_probability} is not allowed: give a number in (0, 1]."
+            )
+        if self.sampler == "fixed" and not (
+            self.population and self.cohort_size is not None and 1 <= self.cohort_size <= self.population
+        ):
+            raise InvalidArgumentError(
+                f"cohort_size={self.cohort_size} must lie between 1 and population={self.population}."
+            )
+
+    @property
+    def relation(self) -> Relation:
+        """The neighbouring relation that this event's epsilon is stated for."""
+        return RELATIONS[self.sampler]
+
+    def with_count(self, count: int) -> "Event":
+        """The same event, `count` times; not for `"shuffled"`, whose participations are passes."""
+        if self.sampler == "shuffled":
+            raise InvalidArgumentError("the count of a shuffled event does not give its passes: build a new event.")
+        return dataclasses.replace(self, count=count, participations=count)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary that JSON can hold; `Event(**event.to_dict()) == event`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def poisson(
+        cls,
+        *,
+        count: int,
+        noise_multiplier: float,
+        sampling_probability: float,
+        population: int | None = None,
+        unit: Unit = "example",
+        l2_norm_clip: float | None = None,
+    ) -> "Event":
+        """Each unit takes part in each of `count` releases independently with `sampling_probability`."""
+        return cls(
+            unit=unit,
+            sampler="poisson",
+            noise_multiplier=noise_multiplier,
+            count=count,
+            participations=count,
+            population=population,
+            sampling_probability=sampling_probability,
+            l2_norm_clip=l2_norm_clip,
+        )
+
+    @classmethod
+    def shuffled(
+        cls,
+        *,
+        count: int,
+        passes: int,
+        noise_multiplier: float,
+        population: int | None = None,
+        unit: Unit = "example",
+        l2_norm_clip: float | None = None,
+    ) -> "Event":
+        """`count` releases in which no unit took part more than `passes` times."""
+        return cls(
+            unit=unit,
+            sampler="shuffled",
+            noise_multiplier=noise_multiplier,
+            count=count,
+            participations=passes,
+            population=population,
+            l2_norm_clip=l2_norm_clip,
+        )
+
+    @classmethod
+    def fixed(
+        cls,
+        *,
+        count: int,
+        noise_multiplier: float,
+        cohort_size: int,
+        population: int,
+        unit: Unit = "client",
+        l2_norm_clip: float | None = None,
+    ) -> "Event":
+        """Each release uses `cohort_size` of `population` units, drawn without replacement."""
+        return cls(
+            unit=unit,
+            sampler="fixed",
+            noise_multiplier=noise_multiplier,
+            count=count,
+            participations=count,
+            population=population,
+            cohort_size=cohort_size,
+            l2_norm_clip=l2_norm_clip,
+        )
+
+    @classmethod
+    def unknown(
+        cls,
+        *,
+        count: int,
+        noise_multiplier: float,
+        population: int | None = None,
+        unit: Unit = "example",
+        l2_norm_clip: float | None = None,
+    ) -> "Event":
+        """Batches that nobody vouches for: every unit is taken to be in every release."""
+        return cls(
+            unit=unit,
+            sampler="unknown",
+            noise_multiplier=noise_multiplier,
+            count=count,
+            participations=count,
+            population=population,
+            l2_norm_clip=l2_norm_clip,
+        )
