@@ -1,0 +1,45 @@
+"""What several tests share: one noiseless step of a DP optimizer, seen as the clipped sum that it applied."""
+
+import warnings
+
+import numpy as np
+import tensorflow as tf
+
+from tfprivacy_ft.optimizers import DPKerasSGDOptimizer
+
+layers = tf.keras.layers
+CrossEntropy = tf.keras.losses.SparseCategoricalCrossentropy
+
+
+def trainable_values(model):
+    return [v.numpy() for v in model.trainable_variables]
+
+
+def compile_for_sum(model, loss, l2_norm_clip, **options):
+    """Compiles so that one step subtracts the clipped sum from the weights: SGD, learning rate 1, no noise."""
+    optimizer = DPKerasSGDOptimizer(l2_norm_clip, 0.0, None, 1.0, expected_batch_size=1)
+    model.compile(optimizer=optimizer, loss=loss, **options)
+    return model
+
+
+def released_sum(model, loss, x, y, l2_norm_clip, *, static_batch=False, sample_weight=None, **options):
+    """The clipped sum that one `fit` step on the whole of x, y released, one array for each trainable variable."""
+    compile_for_sum(model, loss, l2_norm_clip, **options)
+    arrays = (x, y) if sample_weight is None else (x, y, sample_weight)
+    batches = tf.data.Dataset.from_tensor_slices(arrays).batch(len(y), drop_remainder=static_batch)
+    before = trainable_values(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.fit(batches, verbose=0)
+    return [b - a for b, a in zip(before, trainable_values(model), strict=True)]
+
+
+def global_norm(arrays):
+    return float(np.sqrt(sum(np.square(np.asarray(a, np.float64)).sum() for a in arrays)))
+
+
+def assert_same(actual, expected, rtol=1e-4):
+    """Equal up to `rtol` of the largest entry of all."""
+    scale = max(np.abs(e).max() for e in expected)
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, e, atol=rtol * scale, rtol=rtol)

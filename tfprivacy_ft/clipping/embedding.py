@@ -1,0 +1,73 @@
+"""ResourceGather: rows of a table looked up by each example, with repeated rows added up before the norm."""
+
+import tensorflow as tf
+
+from tfprivacy_ft.clipping.sites import Contribution, Meeting, UseSite, by_example, keep_rows
+
+_LONGEST_PAIRWISE = 256  # tokens per example up to which all pairs are compared; beyond, they are sorted
+
+
+class EmbeddingSite(UseSite):
+    """`table [V, d]` gathered at integer indices [B * fold, ...]."""
+
+    @classmethod
+    def match(cls, meeting: Meeting) -> "EmbeddingSite | None":
+        op = meeting.op
+        if op.type != "ResourceGather" or op.get_attr("batch_dims") or len(meeting.variable_shape) != 2:
+            return None
+        rows = meeting.rows(op.inputs[1])
+        return cls(meeting) if rows and rows.axis == 0 else None
+
+    def at(self, gradient: tf.Tensor, batch_size: tf.Tensor) -> Contribution:
+        indices = tf.cast(self.meeting.op.inputs[1], tf.int32)
+        rows = self.meeting.rows(indices_source := self.meeting.op.inputs[1])
+        length = None
+        if rows.fold == 1 and indices_source.shape[1:].is_fully_defined():
+            length = indices_source.shape[1:].num_elements()
+        vocabulary, width = self.meeting.variable_shape
+        tokens = -1 if length is None else length
+        indices = tf.reshape(indices, tf.stack([batch_size, tokens]))
+        gradient = by_example(gradient, rows, batch_size)
+        gradient = tf.reshape(gradient, tf.stack([batch_size, tokens, width]))
+        return _Lookups(indices, gradient, vocabulary, length)
+
+
+class _Lookups(Contribution):
+    """Example i adds gradient[i, t] to row indices[i, t] of the table."""
+
+    def __init__(self, indices: tf.Tensor, gradient: tf.Tensor, vocabulary: int, length: int | None):
+        self._indices, self._gradient, self._vocabulary, self._length = indices, gradient, vocabulary, length
+
+    def squared_norms(self) -> tf.Tensor:
+        if self._length is not None and self._length <= _LONGEST_PAIRWISE:
+            return self._pairwise()
+        return self._sorted()
+
+    def _pairwise(self) -> tf.Tensor:
+        """Each token's row total is found once per token that names it, and so is divided by how many do."""
+        same = tf.cast(self._indices[:, :, None] == self._indices[:, None, :], tf.float32)
+        totals = tf.matmul(same, self._gradient)
+        return tf.reduce_sum(tf.reduce_sum(tf.square(totals), 2) / tf.reduce_sum(same, 2), 1)
+
+    def _sorted(self) -> tf.Tensor:
+        order = tf.argsort(self._indices, axis=1)
+        indices = tf.gather(self._indices, order, batch_dims=1)
+        gradient = tf.gather(self._gradient, order, batch_dims=1)
+        starts = tf.concat([tf.ones_like(indices[:, :1]), tf.cast(indices[:, 1:] != indices[:, :-1], tf.int32)], 1)
+        segment = tf.cumsum(tf.reshape(starts, [-1])) - 1
+        count = tf.size(indices)
+        totals = tf.math.unsorted_segment_sum(tf.reshape(gradient, [count, -1]), segment, count)
+        owner = tf.reshape(tf.repeat(tf.range(tf.shape(indices)[0]), tf.shape(indices)[1]), [-1])
+        squares = tf.gather(tf.reduce_sum(tf.square(totals), 1), segment) * tf.cast(
+            tf.reshape(starts, [-1]), tf.float32
+        )
+        return tf.math.unsorted_segment_sum(squares, owner, tf.shape(indices)[0])
+
+    def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
+        return tf.math.unsorted_segment_sum(self._gradient * weights[:, None, None], self._indices, self._vocabulary)
+
+    def per_example(self) -> tf.Tensor:
+        return tf.matmul(tf.one_hot(self._indices, self._vocabulary), self._gradient, transpose_a=True)
+
+    def keep(self, rows: tf.Tensor) -> Contribution:
+        return _Lookups(self._indices, keep_rows(self._gradient, rows), self._vocabulary, self._length)

@@ -1,0 +1,200 @@
+"""Per-example clipping, from inside a Keras optimizer: one forward and one backward pass, no wrapper model.
+
+Promise: what one example adds to `ClippedSum.sums` has l2 norm at most `l2_norm_clip`, over all variables together, and
+depends on that example alone. An example whose gradient is not finite adds zero. Where a rule is not known to be exact
+the slow path is taken, with a warning that names the layer; where examples see each other the model is refused.
+The engine knows nothing of noise, samplers or accounts.
+"""
+
+import dataclasses
+import logging
+import warnings
+
+import tensorflow as tf
+
+from tfprivacy_ft.clipping import graph as graphs
+from tfprivacy_ft.clipping import one_by_one
+from tfprivacy_ft.clipping.broadcast import ScaleSite, ShiftSite
+from tfprivacy_ft.clipping.convolution import Conv2DSite
+from tfprivacy_ft.clipping.dense import MatMulSite
+from tfprivacy_ft.clipping.embedding import EmbeddingSite
+from tfprivacy_ft.clipping.layout import COUPLED, Layouts
+from tfprivacy_ft.clipping.sites import Contribution, Instantiated, UseSite, find_meetings
+from tfprivacy_ft.clipping.terms import Share, find_shares, find_terms
+from tfprivacy_ft.errors import UnsupportedModelError
+
+SITES: tuple[type[UseSite], ...] = (MatMulSite, Conv2DSite, ShiftSite, ScaleSite, EmbeddingSite)
+
+_log = logging.getLogger(__name__)
+
+
+class SlowClippingWarning(UserWarning):
+    """Gradients are taken one example at a time, because an op has no fast rule."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClippedSum:
+    """A sum over examples in which each has sensitivity `l2_norm_clip` (add or remove one, or zero one out).
+
+    Args:
+      sums: float32, one tensor of each variable's shape.
+      data_independent: gradients of regularisers, of the variables' shapes, or None; not clipped and needing no noise.
+      norms: float32 [B], each example's gradient norm before the clip; private, not to be released.
+      batch_size: int32 scalar, examples in this batch.
+    """
+
+    sums: list[tf.Tensor]
+    data_independent: list[tf.Tensor | None]
+    norms: tf.Tensor
+    batch_size: tf.Tensor
+
+
+def clipped_sum(loss: tf.Tensor, variables: list[tf.Variable], l2_norm_clip) -> ClippedSum:
+    """Sum over examples of the gradient of each example's loss, clipped to norm `l2_norm_clip`.
+
+    Args:
+      loss: the scalar loss, symbolic, as Keras hands it to an optimizer inside `train_step`.
+      variables: the trainable variables.
+      l2_norm_clip: scalar, > 0; the bound on the norm over all variables together.
+
+    Returns:
+      A `ClippedSum`.
+
+    Raises:
+      UnsupportedModelError: examples see each other (BatchNormalization in training mode), or the loss is eager.
+
+    Source: Abadi et al. 2016, Algorithm 1; Lee & Kifer 2021 and Bu et al. 2023 for clipping without per-example loops.
+    """
+    if not hasattr(loss, "graph"):
+        raise UnsupportedModelError(
+            "the loss is an eager tensor, whose examples cannot be told apart: compile without run_eagerly=True."
+        )
+    data = graphs.data_tensors(loss)
+    layouts = Layouts(loss, data)
+    terms = find_terms(loss, layouts)
+    batch_size = tf.shape(data[0])[0]
+    independent = _gradients_of(loss, terms.data_independent, variables)
+    clip = tf.cast(l2_norm_clip, tf.float32)
+
+    shares = find_shares(loss, terms.per_example, layouts, batch_size) if terms.per_example else None
+    contributions, reason = _contributions(loss, variables, shares, layouts, batch_size)
+    if contributions is None:
+        _refuse_coupling(loss, variables, layouts)
+        _warn_slow(reason, layouts)
+        objective = one_by_one.Objective(loss, shares, terms.data_independent)
+        sums, norms = one_by_one.clipped_sum(objective, variables, clip, data, layouts)
+    else:
+        sums, norms = _clip_and_sum(contributions, variables, clip, batch_size)
+    return ClippedSum(sums, independent, norms, batch_size)
+
+
+def _contributions(
+    loss: tf.Tensor, variables: list[tf.Variable], shares: list[Share] | None, layouts: Layouts, batch_size: tf.Tensor
+) -> tuple[list[Contribution | None] | None, tf.Operation | None]:
+    """Each variable's contribution (None where it is not used), or None and the op that has no rule."""
+    if shares is None:
+        return None, None
+    upstream = set(graphs.ancestors([share.term for share in shares]))
+    matched: list[list[UseSite]] = []
+    for variable in variables:
+        meetings, stranger = find_meetings(variable, loss, upstream, layouts)
+        if stranger is not None:
+            return None, stranger
+        sites = []
+        for meeting in meetings:
+            site = next((s for kind in SITES if (s := kind.match(meeting)) is not None), None)
+            if site is None:
+                return None, meeting.op
+            sites.append(site)
+        matched.append(sites)
+    flat = [site for sites in matched for site in sites]
+    _log.debug("fast rules: %s", [(type(s).__name__, s.meeting.op.name) for s in flat])
+    outputs = [site.meeting.output for site in flat]
+    seeds = [share.spread(batch_size) for share in shares]
+    gradients = iter(tf.gradients([share.term for share in shares], outputs, grad_ys=seeds))
+    result: list[Contribution | None] = []
+    for sites in matched:
+        parts = [s.at(tf.convert_to_tensor(g), batch_size) for s in sites if (g := next(gradients)) is not None]
+        result.append(_joined(parts))
+    return result, None
+
+
+def _joined(parts: list[Contribution]) -> Contribution | None:
+    """A variable used in several places: its gradients are added up for each example, then measured."""
+    if len(parts) <= 1:
+        return parts[0] if parts else None
+    return Instantiated(tf.add_n([part.per_example() for part in parts]))
+
+
+def _clip_and_sum(
+    contributions: list[Contribution | None], variables: list[tf.Variable], clip: tf.Tensor, batch_size: tf.Tensor
+) -> tuple[list[tf.Tensor], tf.Tensor]:
+    used = [c for c in contributions if c is not None]
+    squares = [c.squared_norms() for c in used]
+    norms = tf.sqrt(tf.add_n(squares)) if squares else tf.zeros([batch_size])
+    finite = tf.math.is_finite(norms)
+    weights = tf.where(finite, tf.minimum(1.0, clip / tf.maximum(norms, 1e-30)), 0.0)
+    # Zero times NaN is NaN, so bad rows are blanked; that costs a copy, and is done only where there are any.
+    sums = iter(
+        tf.cond(
+            tf.reduce_all(finite),
+            lambda: [c.weighted_sum(weights) for c in used],
+            lambda: [c.keep(finite).weighted_sum(weights) for c in used],
+        )
+        if used
+        else []
+    )
+    return [
+        tf.zeros(v.shape) if c is None else tf.ensure_shape(next(sums), v.shape)
+        for c, v in zip(contributions, variables, strict=True)
+    ], norms
+
+
+def _gradients_of(loss: tf.Tensor, terms: list[tf.Tensor], variables: list[tf.Variable]) -> list[tf.Tensor | None]:
+    """Gradients of the data-independent terms of the loss."""
+    factors = tf.gradients(loss, terms) if terms else []
+    pairs = [(t, f) for t, f in zip(terms, factors, strict=True) if f is not None]
+    if not pairs:
+        return [None] * len(variables)
+    handles = [loss.graph.capture(v.handle) for v in variables]
+    gradients = tf.gradients([t for t, _ in pairs], handles, grad_ys=[f for _, f in pairs])
+    return [None if g is None else tf.convert_to_tensor(g) for g in gradients]
+
+
+def _refuse_coupling(loss: tf.Tensor, variables: list[tf.Variable], layouts: Layouts) -> None:
+    """Refuses models in which examples see each other before a trainable variable has met them."""
+    for op in loss.graph.get_operations():
+        batch_norm = op.type == "FusedBatchNormV3" and layouts.of(op.outputs[0]) is COUPLED
+        if batch_norm or "AssignMovingAvg" in op.name:  # statistics of the batch, kept in variables without noise
+            raise _coupled(op)
+    upstream = set(graphs.ancestors([loss]))
+    for variable in variables:
+        for meeting in find_meetings(variable, loss, upstream, layouts)[0]:
+            inputs = [t for i, t in enumerate(meeting.op.inputs) if i != meeting.index]
+            if any(layouts.of(t) is COUPLED for t in inputs) and meeting.output.shape.rank:
+                raise _coupled(_where_coupled(inputs, layouts))
+
+
+def _where_coupled(tensors: list[tf.Tensor], layouts: Layouts) -> tf.Operation:
+    """The first op upstream of `tensors` that mixes examples."""
+    for op in graphs.ancestors(tensors):
+        if any(layouts.of(t) is COUPLED for t in op.outputs):
+            return op
+    return tensors[0].op
+
+
+def _coupled(op: tf.Operation) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"layer {graphs.layer_of(op)!r} ({op.type}) lets one example see the others, so no clip bounds what one of "
+        "them contributes: use GroupNormalization or LayerNormalization instead, or freeze it with `trainable=False`."
+    )
+
+
+def _warn_slow(reason: tf.Operation | None, layouts: Layouts) -> None:
+    op = reason or layouts.first_unknown or layouts.first_coupling
+    where = f"layer {graphs.layer_of(op)!r} ({op.type})" if op is not None else "the loss"
+    warnings.warn(
+        f"{where} has no fast clipping rule: gradients are exact, but taken one example at a time, which is slow.",
+        SlowClippingWarning,
+        stacklevel=2,
+    )

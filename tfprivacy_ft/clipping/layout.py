@@ -1,0 +1,380 @@
+"""Where the batch is in every tensor of a traced loss: a proof, op by op, that examples do not see each other.
+
+`Layouts.of(tensor)` says one of
+  FREE      it does not depend on the batch (constants, variables, random draws),
+  SIZE      it depends on the batch's shape only,
+  Rows      axis `axis` holds the batch, `fold` rows for each example, one example after the other; every row is
+            computed from its own example alone,
+  COUPLED   an op that is known to mix examples made it (a sum over the batch),
+  UNKNOWN   an op without a rule made it, so nothing is claimed.
+A wrong `Rows` would be a privacy bug, so an op has a rule or is UNKNOWN. The shapes that the rules need are found by
+tracing the loss once more, in a graph that is thrown away, with a batch of a large prime number of examples; a batch size
+that the trace has written into it is kept.
+"""
+
+import dataclasses
+import math
+
+import tensorflow as tf
+
+from tfprivacy_ft import keras_compat
+from tfprivacy_ft.clipping import graph as graphs
+
+_BATCH = 10_007  # a prime that no layer's width is a multiple of, by any likelihood
+_UNKNOWN_LENGTH = 13  # stands for every other unknown dimension; rules look at divisibility only
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Axis `axis` has size batch * fold, ordered by example."""
+
+    axis: int
+    fold: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Word:
+    name: str
+
+    def __repr__(self):
+        return self.name
+
+
+FREE, SIZE, COUPLED, UNKNOWN = _Word("FREE"), _Word("SIZE"), _Word("COUPLED"), _Word("UNKNOWN")
+Layout = Rows | _Word
+
+_UNARY = frozenset(
+    """Identity Cast Tanh Relu Relu6 Elu Selu LeakyRelu Sigmoid Softplus Softsign Exp Expm1 Log Log1p Neg Square
+    Sqrt Rsqrt Reciprocal Inv Abs Sign Erf Erfc Sin Cos Tan Sinh Cosh Asinh Acosh Atanh Atan Floor Ceil
+    Round Rint LogicalNot IsNan IsFinite IsInf StopGradient PreventGradient CheckNumerics OnesLike ZerosLike
+    Snapshot""".split()
+)
+_ELEMENTWISE = frozenset(
+    """Add AddV2 AddN Sub Mul MulNoNan RealDiv Div DivNoNan Xdivy Xlogy Maximum Minimum Pow SquaredDifference
+    Greater GreaterEqual Less LessEqual Equal NotEqual LogicalAnd LogicalOr SelectV2 FloorDiv FloorMod Mod
+    Atan2 ClipByValue""".split()
+)
+_REDUCTIONS = frozenset(["Sum", "Mean", "Max", "Min", "Prod", "All", "Any", "EuclideanNorm"])
+_SAME_SHAPE_LAST_AXIS = frozenset(["Softmax", "LogSoftmax"])
+_RESHAPES = frozenset(["Reshape", "Squeeze", "ExpandDims"])
+_IMAGE = frozenset(
+    """Conv2D Conv3D DepthwiseConv2dNative MaxPool MaxPoolV2 AvgPool MaxPool3D AvgPool3D ResizeBilinear
+    ResizeNearestNeighbor ResizeBicubic""".split()
+)
+_SHAPED_BY = {  # ops whose named inputs only say a shape, a size or a position
+    "Reshape": {1},
+    "ExpandDims": {1},
+    "Fill": {0},
+    "BroadcastTo": {1},
+    "Tile": {1},
+    "OneHot": {1},
+    "StridedSlice": {1, 2, 3},
+    "Slice": {1, 2},
+    "Transpose": {1},
+}
+
+
+def axis_after_reshape(before: list[int], after: list[int], rows: Rows) -> Rows | None:
+    """Where the batch is after a row-major reshape, or None where rows of two examples could share one.
+
+    Elements of one example lie together only if everything before the batch axis has size 1; they stay whole rows if
+    what follows the new axis divides what belongs to one example.
+
+    Example:
+      >>> axis_after_reshape([7, 6, 4], [42, 4], Rows(0))
+      Rows(axis=0, fold=6)
+    """
+    if math.prod(before[: rows.axis]) != 1:
+        return None
+    per_example = rows.fold * math.prod(before[rows.axis + 1 :])
+    for axis, size in enumerate(after):
+        if size != 1:
+            inner = math.prod(after[axis + 1 :])
+            return Rows(axis, per_example // inner) if inner and per_example % inner == 0 else None
+    return None
+
+
+class Layouts:
+    """The layouts of all tensors that a traced scalar loss is computed from.
+
+    Args:
+      loss: the scalar loss, inside the graph of a training step.
+      data: the tensors that hold the step's batch, batch first.
+    """
+
+    def __init__(self, loss: tf.Tensor, data: list[tf.Tensor]):
+        self._layouts: dict[int, Layout] = {id(t): Rows(0) for t in data}
+        self.batch_is_static = all(t.shape[0] is not None for t in data)
+        self.batch = data[0].shape[0] if self.batch_is_static else _BATCH
+        self._shapes = _shapes(loss, data, self.batch)
+        self.first_coupling: tf.Operation | None = None
+        self.first_unknown: tf.Operation | None = None
+        for op in graphs.ancestors([loss], stop=data):
+            self._visit(op)
+
+    def of(self, tensor: tf.Tensor) -> Layout:
+        return self._layouts.get(id(tensor), FREE)
+
+    def shape(self, tensor: tf.Tensor) -> list[int] | None:
+        """The tensor's shape for a batch of `self.batch` examples, or None where it is not known."""
+        return self._shapes.get(id(tensor))
+
+    def _visit(self, op: tf.Operation) -> None:
+        layouts = [self.of(t) for t in op.inputs]
+        result = self._rule(op, layouts)
+        for index, tensor in enumerate(op.outputs):
+            layout = result[index] if isinstance(result, list) else result
+            self._layouts[id(tensor)] = self._checked(tensor, layout)
+        made = self.of(op.outputs[0]) if op.outputs else FREE
+        if made is COUPLED and COUPLED not in layouts:
+            self.first_coupling = self.first_coupling or op
+        if made is UNKNOWN and UNKNOWN not in layouts:
+            self.first_unknown = self.first_unknown or op
+
+    def _checked(self, tensor: tf.Tensor, layout: Layout) -> Layout:
+        if not isinstance(layout, Rows):
+            return layout
+        shape = self.shape(tensor)
+        if shape is None or layout.axis >= len(shape) or shape[layout.axis] != self.batch * layout.fold:
+            return UNKNOWN
+        return layout
+
+    def _rule(self, op: tf.Operation, layouts: list[Layout]) -> Layout | list[Layout]:
+        if op.type in graphs.SHAPE_OPS:
+            return FREE if all(layout is FREE for layout in layouts) else SIZE
+        if graphs.is_random(op):
+            return FREE if all(layout in (FREE, SIZE) for layout in layouts) else UNKNOWN
+        shape_inputs = _SHAPED_BY.get(op.type, set())
+        values = [FREE if i in shape_inputs and v is SIZE else v for i, v in enumerate(layouts)]
+        if all(layout is FREE for layout in values):
+            return FREE
+        if all(layout in (FREE, SIZE) for layout in values):
+            return SIZE
+        if UNKNOWN in values:
+            return UNKNOWN
+        if COUPLED in values:
+            return COUPLED
+        if SIZE in values:
+            return UNKNOWN
+        return self._data_rule(op, values)
+
+    def _data_rule(self, op: tf.Operation, layouts: list[Layout]) -> Layout | list[Layout]:
+        """The rule of an op whose inputs are FREE or Rows, at least one of them Rows."""
+        kind = op.type
+        if "_gradient_op_type" in op.node_def.attr and not keras_compat.is_swish(op):
+            return UNKNOWN  # its gradient is not the one that its type says
+        if kind in _UNARY:
+            return layouts[0]
+        if kind in _ELEMENTWISE:
+            return self._broadcast(op, layouts)
+        if kind == "Select":
+            return self._broadcast(op, layouts) if len({len(self.shape(t) or []) for t in op.inputs}) == 1 else UNKNOWN
+        if kind == "BroadcastTo":
+            return self._broadcast(op, layouts[:1])
+        rule = getattr(self, f"_rule_{kind}", None)
+        if kind in _REDUCTIONS:
+            rule = self._reduction
+        elif kind in _SAME_SHAPE_LAST_AXIS:
+            rule = self._along_last_axis
+        elif kind in _RESHAPES:
+            rule = self._reshape
+        elif kind in _IMAGE:
+            rule = self._image
+        return (
+            UNKNOWN
+            if rule is None or (isinstance(layouts[0], _Word) and kind not in _DATA_NOT_FIRST)
+            else rule(op, layouts)
+        )
+
+    def _broadcast(self, op: tf.Operation, layouts: list[Layout]) -> Layout:
+        """All data operands must hold the batch at the same place, counted from the last axis."""
+        rank = op.outputs[0].shape.rank
+        places = set()
+        for tensor, layout in zip(op.inputs, layouts, strict=False):
+            if isinstance(layout, Rows):
+                places.add((layout.axis - len(self.shape(tensor)), layout.fold))
+        if rank is None or len(places) != 1:
+            return UNKNOWN
+        place, fold = places.pop()
+        return Rows(rank + place, fold)
+
+    def _reduction(self, op: tf.Operation, layouts: list[Layout]) -> Layout:
+        rows, axes = layouts[0], tf.get_static_value(op.inputs[1])
+        rank = op.inputs[0].shape.rank
+        if axes is None or rank is None:
+            return UNKNOWN
+        axes = {int(a) % rank for a in axes.reshape(-1)}
+        if rows.axis in axes:
+            return COUPLED
+        kept = rows.axis if op.get_attr("keep_dims") else rows.axis - sum(a < rows.axis for a in axes)
+        return Rows(kept, rows.fold)
+
+    def _along_last_axis(self, op: tf.Operation, layouts: list[Layout]) -> Layout:
+        return layouts[0] if layouts[0].axis != len(self.shape(op.inputs[0])) - 1 else COUPLED
+
+    def _reshape(self, op: tf.Operation, layouts: list[Layout]) -> Layout:
+        before, after = self.shape(op.inputs[0]), self.shape(op.outputs[0])
+        if before is None or after is None:
+            return UNKNOWN
+        return axis_after_reshape(before, after, layouts[0]) or UNKNOWN
+
+    def _image(self, op: tf.Operation, layouts: list[Layout]) -> Layout:
+        alone = layouts[0].axis == 0 and all(layout is FREE for layout in layouts[1:])
+        channels_last = _attribute(op, "data_format", b"NHWC") in (b"NHWC", b"NDHWC")
+        windows = [_attribute(op, name, [1])[0] for name in ("ksize", "strides")]
+        return layouts[0] if alone and channels_last and windows == [1, 1] else UNKNOWN
+
+    def _rule_BiasAdd(self, op, layouts):
+        last = len(self.shape(op.inputs[0])) - 1
+        fine = layouts[1] is FREE and layouts[0].axis != last and _attribute(op, "data_format", b"NHWC") == b"NHWC"
+        return layouts[0] if fine else UNKNOWN
+
+    def _rule_MatMul(self, op, layouts):
+        fine = layouts[0].axis == 0 and layouts[1] is FREE and not op.get_attr("transpose_a")
+        return layouts[0] if fine else UNKNOWN
+
+    def _rule_BatchMatMulV2(self, op, layouts):
+        rank = op.outputs[0].shape.rank
+        inner = [
+            isinstance(v, Rows) and v.axis >= len(self.shape(t)) - 2 for t, v in zip(op.inputs, layouts, strict=True)
+        ]
+        if any(inner) or rank is None:
+            rows, matrix_rows = layouts[0], len(self.shape(op.inputs[0])) - 2
+            fine = (
+                layouts[1] is FREE and isinstance(rows, Rows) and rows.axis == matrix_rows and not op.get_attr("adj_x")
+            )
+            return Rows(rank - 2, rows.fold) if fine and rank is not None else UNKNOWN
+        return self._broadcast(op, layouts)
+
+    def _rule_Einsum(self, op, layouts):
+        operands, _, output = op.get_attr("equation").decode().partition("->")
+        labels = operands.split(",")
+        if "." in operands or "." in output:
+            return UNKNOWN
+        batch = {(terms[v.axis], v.fold) for terms, v in zip(labels, layouts, strict=True) if isinstance(v, Rows)}
+        if len(batch) != 1:
+            return UNKNOWN
+        label, fold = batch.pop()
+        if any(label in terms for terms, v in zip(labels, layouts, strict=True) if v is FREE):
+            return UNKNOWN
+        return Rows(output.index(label), fold) if label in output else COUPLED
+
+    def _rule_Transpose(self, op, layouts):
+        order = tf.get_static_value(op.inputs[1])
+        return UNKNOWN if order is None else Rows(list(order).index(layouts[0].axis), layouts[0].fold)
+
+    def _rule_Pad(self, op, layouts):
+        widths = tf.get_static_value(op.inputs[1])
+        return layouts[0] if widths is not None and not widths[layouts[0].axis].any() else UNKNOWN
+
+    _rule_PadV2 = _rule_MirrorPad = _rule_Pad
+
+    def _rule_ConcatV2(self, op, layouts):
+        axis, rank = tf.get_static_value(op.inputs[-1]), op.outputs[0].shape.rank
+        rows = {v for v in layouts if isinstance(v, Rows)}
+        if axis is None or rank is None or len(rows) != 1:
+            return UNKNOWN
+        row = rows.pop()
+        return row if row.axis != int(axis) % rank else UNKNOWN
+
+    def _rule_Pack(self, op, layouts):
+        rows = {v for v in layouts if isinstance(v, Rows)}
+        rank = op.outputs[0].shape.rank
+        if rank is None or len(rows) != 1:
+            return UNKNOWN
+        row, axis = rows.pop(), op.get_attr("axis") % rank
+        return Rows(row.axis + (axis <= row.axis), row.fold)
+
+    def _rule_Unpack(self, op, layouts):
+        axis = op.get_attr("axis") % len(self.shape(op.inputs[0]))
+        rows = layouts[0]
+        return UNKNOWN if axis == rows.axis else Rows(rows.axis - (axis < rows.axis), rows.fold)
+
+    def _rule_Split(self, op, layouts):
+        axis = tf.get_static_value(op.inputs[0])
+        rows = layouts[1]
+        return UNKNOWN if axis is None or int(axis) % len(self.shape(op.inputs[1])) == rows.axis else rows
+
+    def _rule_SplitV(self, op, layouts):
+        axis = tf.get_static_value(op.inputs[2])
+        return UNKNOWN if axis is None or int(axis) % len(self.shape(op.inputs[0])) == layouts[0].axis else layouts[0]
+
+    def _rule_StridedSlice(self, op, layouts):
+        """Only slices that name every axis up to the batch, and take the whole batch, are followed."""
+        rows, bit = layouts[0], 1 << layouts[0].axis
+        masks = {name: op.get_attr(name) for name in ("begin_mask", "end_mask", "ellipsis_mask", "new_axis_mask")}
+        strides, shrink = tf.get_static_value(op.inputs[3]), op.get_attr("shrink_axis_mask")
+        if strides is None or masks["ellipsis_mask"] or masks["new_axis_mask"] or shrink & bit:
+            return UNKNOWN
+        named = rows.axis < len(strides)
+        if named and not (masks["begin_mask"] & bit and masks["end_mask"] & bit and strides[rows.axis] == 1):
+            return UNKNOWN
+        return Rows(rows.axis - bin(shrink & (bit - 1)).count("1"), rows.fold)
+
+    def _rule_GatherV2(self, op, layouts):
+        axis = tf.get_static_value(op.inputs[2])
+        if axis is None or op.get_attr("batch_dims"):
+            return UNKNOWN
+        axis = int(axis) % len(self.shape(op.inputs[0]))
+        table, indices = layouts[0], layouts[1]
+        if table is FREE and isinstance(indices, Rows):
+            return Rows(axis + indices.axis, indices.fold)
+        if isinstance(table, Rows) and indices is FREE and table.axis != axis:
+            return Rows(table.axis + (axis < table.axis) * (op.inputs[1].shape.rank - 1), table.fold)
+        return UNKNOWN
+
+    def _rule_ResourceGather(self, op, layouts):
+        return UNKNOWN if op.get_attr("batch_dims") or layouts[0] is not FREE else layouts[1]
+
+    def _rule_OneHot(self, op, layouts):
+        return layouts[0] if op.get_attr("axis") == -1 and layouts[2] is FREE and layouts[3] is FREE else UNKNOWN
+
+    def _rule_SparseSoftmaxCrossEntropyWithLogits(self, op, layouts):
+        fine = layouts[0] == layouts[1] and layouts[0].axis == 0
+        return layouts[0] if fine else UNKNOWN
+
+    _rule_SoftmaxCrossEntropyWithLogits = _rule_SparseSoftmaxCrossEntropyWithLogits
+
+    def _rule_FusedBatchNormV3(self, op, layouts):
+        """Inference scales each row alone; training takes moments over every axis but the channels."""
+        rows = layouts[0]
+        channels = 1 if op.get_attr("data_format") == b"NCHW" else len(self.shape(op.inputs[0])) - 1
+        if not all(layout is FREE for layout in layouts[1:]):
+            return UNKNOWN
+        if not op.get_attr("is_training"):
+            return rows if rows.axis != channels else UNKNOWN
+        if rows.axis != channels:
+            return COUPLED
+        return [rows] + [Rows(0, rows.fold)] * 4 + [UNKNOWN] * (len(op.outputs) - 5)
+
+    def _rule_IdentityN(self, op, layouts):
+        return list(layouts) if keras_compat.is_swish(op) else UNKNOWN
+
+    def _rule_L2Loss(self, op, layouts):
+        return COUPLED
+
+
+_DATA_NOT_FIRST = frozenset(["ConcatV2", "Pack", "Split", "GatherV2", "ResourceGather", "BatchMatMulV2", "Einsum"])
+
+
+def _attribute(op: tf.Operation, name: str, default):
+    return op.get_attr(name) if name in op.node_def.attr else default
+
+
+def _shapes(loss: tf.Tensor, data: list[tf.Tensor], batch: int) -> dict[int, list[int]]:
+    """Every tensor's full shape for a batch of `batch` examples, from a second trace with all dimensions known."""
+    scratch = tf.__internal__.FuncGraph("shapes")
+    with scratch.as_default():
+        feed = []
+        for tensor in data:
+            dims = [batch] + [_UNKNOWN_LENGTH if d is None else d for d in tensor.shape.as_list()[1:]]
+            feed.append((tensor, tf.compat.v1.placeholder(tensor.dtype, dims)))
+        feed += [(inner, scratch.capture(inner)) for _, inner in loss.graph.captures]
+        fed = {id(old) for old, _ in feed}
+        inside = [t for op in graphs.ancestors([loss], stop=data) for t in op.outputs if id(t) not in fed]
+        try:
+            copies = graphs.replay(inside, feed, scratch)
+        except (ValueError, tf.errors.OpError):  # shapes that fit no other batch: then nothing is claimed
+            return {}
+    pairs = feed + list(zip(inside, copies, strict=True))
+    return {id(old): new.shape.as_list() for old, new in pairs if new.shape.is_fully_defined()}

@@ -1,0 +1,120 @@
+"""The slow path: exact per-example gradients of any traced loss, one example after the other.
+
+The ops from the batch to the loss are replayed inside a loop, with one example for the batch, and differentiated
+there. What the forward pass drew at random (dropout masks) is fed like data, so that both see the same masks. What an
+example contributes is by construction a function of that example alone.
+"""
+
+import dataclasses
+
+import tensorflow as tf
+
+from tfprivacy_ft.clipping import graph as graphs
+from tfprivacy_ft.clipping.layout import FREE, Layouts
+from tfprivacy_ft.clipping.terms import Share
+from tfprivacy_ft.errors import UnsupportedModelError
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is differentiated for one example: its shares of the terms, or else the whole loss.
+
+    Args:
+      loss: the traced scalar loss.
+      shares: what the loss is a sum of; None where that could not be told.
+      data_independent: terms of the loss that belong to no example.
+    """
+
+    loss: tf.Tensor
+    shares: list[Share] | None
+    data_independent: list[tf.Tensor]
+
+    def of_one(self, feed: list[tuple[tf.Tensor, tf.Tensor]], copies: int, graph) -> tf.Tensor:
+        """The loss of one example alone, replayed in `graph` with `copies` copies of it for the batch."""
+        if self.shares is None:
+            zeros = [(t, tf.zeros(t.shape, t.dtype)) for t in self.data_independent]
+            return graphs.replay([self.loss], feed + zeros, graph)[0]
+        terms = graphs.replay([share.term for share in self.shares], feed, graph)
+        inner = [Share(share.term, graph.capture(share.row)) for share in self.shares]
+        parts = [tf.reduce_sum(t * share.spread(copies)) for t, share in zip(terms, inner, strict=True)]
+        return tf.add_n(parts) / tf.cast(copies, parts[0].dtype)
+
+
+def clipped_sum(
+    objective: Objective, variables: list[tf.Variable], l2_norm_clip: tf.Tensor, data: list[tf.Tensor], layouts: Layouts
+) -> tuple[list[tf.Tensor], tf.Tensor]:
+    """Sum over examples of clipped gradients of the loss that Keras gives each example alone.
+
+    Args:
+      objective: what to differentiate.
+      variables: what to differentiate for.
+      l2_norm_clip: scalar float32.
+      data: the tensors that hold the batch.
+      layouts: the layouts of the trace.
+
+    Returns:
+      Float32 sums of the variables' shapes, and the norms before the clip, [B].
+    """
+    draws = _random_draws(objective.loss, data)
+    batch_size = tf.shape(data[0])[0]
+    by_row = list(data) + [t for t in draws if _is_by_row(t, layouts)]
+    shared = [t for t in draws if not _is_by_row(t, layouts)]
+    rows = tuple(_by_example(t, batch_size) for t in by_row)
+    # Where the trace has the batch's size written into it, a batch is made of copies of the example.
+    copies = layouts.batch if layouts.batch_is_static else 1
+
+    def body(index, total, norms):
+        example = [(t, tf.gather(r, index)) for t, r in zip(by_row, rows, strict=True)]
+        grads = _gradient_of_one(objective, variables, example, shared, copies, layouts)
+        norm = tf.linalg.global_norm(grads)
+        scale = tf.where(tf.math.is_finite(norm), tf.minimum(1.0, l2_norm_clip / tf.maximum(norm, 1e-30)), 0.0)
+        total = [t + tf.where(scale > 0, scale * g, 0.0) for t, g in zip(total, grads, strict=True)]
+        return index + 1, total, norms.write(index, norm)
+
+    start = (0, [tf.zeros(v.shape) for v in variables], tf.TensorArray(tf.float32, batch_size, element_shape=[]))
+    _, total, norms = tf.while_loop(
+        lambda index, *_: index < batch_size, body, start, maximum_iterations=batch_size, parallel_iterations=1
+    )
+    return total, norms.stack()
+
+
+def _gradient_of_one(objective, variables, example, shared, copies: int, layouts) -> list[tf.Tensor]:
+    """Float32 gradients of the loss of one example, inside the loop body that is being built."""
+    body, loss = tf.compat.v1.get_default_graph(), objective.loss
+    feed = [(t, tf.tile(row, [copies] + [1] * (row.shape.rank - 1))) for t, row in example]
+    feed += [(t, body.capture(t)) for t in shared]
+    feed += [(inner, body.capture(inner)) for _, inner in loss.graph.captures]
+    alone = objective.of_one(feed, copies, body)
+    handles = [body.capture(loss.graph.capture(v.handle)) for v in variables]
+    gradients = tf.gradients(alone, handles)
+    _check_isolated(body, layouts)
+    return [
+        tf.zeros(v.shape) if g is None else tf.ensure_shape(tf.cast(tf.convert_to_tensor(g), tf.float32), v.shape)
+        for g, v in zip(gradients, variables, strict=True)
+    ]
+
+
+def _check_isolated(body, layouts: Layouts) -> None:
+    """A custom gradient is a Python function that may hold tensors of the whole batch; then it is no example's own."""
+    for outer, _ in body.captures:
+        if layouts.of(outer) is not FREE:
+            raise UnsupportedModelError(
+                f"layer {graphs.layer_of(outer.op)!r} has a custom gradient that reads the whole batch, so one example's "
+                "gradient cannot be told apart: write it with ops that TensorFlow differentiates itself."
+            )
+
+
+def _by_example(tensor: tf.Tensor, batch_size: tf.Tensor) -> tf.Tensor:
+    """[B * fold, ...] -> [B, fold, ...]."""
+    shape = tf.shape(tensor)
+    return tf.reshape(tensor, tf.concat([[batch_size, shape[0] // batch_size], shape[1:]], 0))
+
+
+def _random_draws(loss: tf.Tensor, data: list[tf.Tensor]) -> list[tf.Tensor]:
+    return [t for op in graphs.ancestors([loss], stop=data) if graphs.is_random(op) for t in op.outputs]
+
+
+def _is_by_row(draw: tf.Tensor, layouts: Layouts) -> bool:
+    """Whether a random draw has rows for each example; one without is the same for all of them."""
+    shape = layouts.shape(draw)
+    return bool(shape) and shape[0] % layouts.batch == 0

@@ -1,0 +1,67 @@
+"""A step that was not reserved changes nothing, also inside a compiled training function.
+
+The guard counts the private steps of one optimizer. Steps are reserved in blocks before they run; who reserves them (a
+plan with its ledger) is handed in as a function. Without one, every step is allowed and only counted. The counters
+belong to the process, not to the model: they are in no checkpoint, and never go back.
+"""
+
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from tfprivacy_ft import keras_compat
+
+_UNLIMITED = tf.int64.max
+
+
+class StepGuard:
+    """Counts steps, and lets one happen only while `done < reserved`."""
+
+    def __init__(self):
+        with tf.init_scope():
+            self._done = tf.Variable(0, dtype=tf.int64, trainable=False, name="private_steps_done")
+            self._reserved = tf.Variable(_UNLIMITED, dtype=tf.int64, trainable=False, name="private_steps_reserved")
+        self._reserve: Callable[[int], int] | None = None
+
+    @property
+    def done(self) -> int:
+        """Private steps that ran."""
+        return int(self._done)
+
+    @property
+    def reserved(self) -> int:
+        """The number of steps up to which running is allowed."""
+        return int(self._reserved)
+
+    def attach(self, reserve: Callable[[int], int]) -> None:
+        """From now on steps need a reservation.
+
+        Args:
+          reserve: called with the steps done when they reach the limit; returns the new limit once the steps up to it
+            are on disk, or raises.
+        """
+        self._reserve = reserve
+        self._reserved.assign(self._done)
+
+    def allow_until(self, limit: int) -> None:
+        """Moves the limit: steps up to `limit` have been reserved."""
+        self._reserved.assign(limit)
+
+    def run(self, update: Callable[[], None]) -> None:
+        """Adds to the graph under construction: reserve if needed, then `update` and count, or nothing at all."""
+        if not keras_compat.inside_xla():  # Python cannot be called from compiled code: there a callback reserves
+            tf.cond(self._done >= self._reserved, self._reserve_more, tf.no_op)
+        tf.cond(self._done < self._reserved, lambda: self._count_and(update), tf.no_op)
+
+    def _reserve_more(self) -> tf.Operation:
+        limit = tf.py_function(self._call_reserve, [self._done.read_value()], tf.int64)
+        self._reserved.assign(tf.ensure_shape(limit, []))
+        return tf.no_op()
+
+    def _call_reserve(self, done: tf.Tensor) -> int:
+        return self._reserve(int(done)) if self._reserve else _UNLIMITED
+
+    def _count_and(self, update: Callable[[], None]) -> tf.Operation:
+        self._done.assign_add(1)
+        update()
+        return tf.no_op()

@@ -1,0 +1,260 @@
+"""DP Keras optimizers: clip every example's gradient, add Gaussian noise to the sum, then step as Keras would.
+
+`model.compile(optimizer=DPKerasAdamOptimizer(...))` is all that changes in a Keras program. The optimizer takes the traced
+loss of the ordinary training step and finds every example's gradient in it (see `clipping`); Keras's own optimizer
+applies the private gradient. One step releases
+
+    (sum over examples of clipped gradients + N(0, (l2_norm_clip * noise_multiplier)^2)) / expected batch size
+
+on every trainable variable, used in the step or not. Data-independent gradients (weight regularisers) and decoupled
+weight decay are added outside. What this module does not know: samplers, budgets, ledgers.
+"""
+
+import warnings
+from typing import Any
+
+import tensorflow as tf
+
+from tfprivacy_ft import _check
+from tfprivacy_ft.clipping import clipped_sum
+from tfprivacy_ft.errors import InvalidArgumentError, RawGradientsError, UnsupportedModelError
+from tfprivacy_ft.guard import StepGuard
+from tfprivacy_ft.keras_compat import IS_KERAS_3, keras
+from tfprivacy_ft.noise import GaussianNoise
+
+
+class NoPlanWarning(UserWarning):
+    """A DP optimizer runs without a plan: nothing is written, and batches are taken to be of fixed, public size."""
+
+
+class Mechanism:
+    """The private part of one optimizer: clip, noise, denominator, step counter. In no checkpoint.
+
+    Args:
+      l2_norm_clip: > 0, the most one example adds to the sum, in l2 norm over all variables together.
+      noise_multiplier: >= 0, standard deviation of the noise on the sum, divided by `l2_norm_clip`.
+      expected_batch_size: > 0, what the sum is divided by; None divides by the rows of the batch, which is right only
+        where that number is fixed and public.
+    """
+
+    def __init__(self, l2_norm_clip: float, noise_multiplier: float, expected_batch_size: float | None):
+        self.l2_norm_clip, self.noise_multiplier = float(l2_norm_clip), float(noise_multiplier)
+        with tf.init_scope():
+            # A variable, because a Python number would go stale in Keras's cached training function; 0: the rows.
+            self.expected_batch_size = tf.Variable(
+                float(expected_batch_size or 0.0), trainable=False, name="expected_batch_size"
+            )
+        self.noise, self.guard = GaussianNoise(), StepGuard()
+        self.has_plan = self._warned = False
+
+    def gradients(self, loss: tf.Tensor, variables: list[tf.Variable]) -> list[tf.Tensor]:
+        """The private gradients of one step; adds ops to the graph of the training step."""
+        self._check_strategy()
+        clipped = clipped_sum(loss, variables, self.l2_norm_clip)
+        rows = tf.cast(clipped.batch_size, tf.float32)
+        denominator = tf.where(self.expected_batch_size > 0, self.expected_batch_size, rows)
+        stddev = self.l2_norm_clip * self.noise_multiplier
+        result = []
+        for total, regular, variable in zip(clipped.sums, clipped.data_independent, variables, strict=True):
+            noisy = total + self.noise.like(total, stddev) if stddev else total
+            gradient = tf.cast(noisy / denominator, variable.dtype)
+            result.append(gradient if regular is None else gradient + tf.cast(regular, variable.dtype))
+        return result
+
+    def warn_without_plan(self) -> None:
+        """Says once that nobody keeps the accounts."""
+        if self.has_plan or self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            "this DP optimizer runs without a PrivacyPlan: no ledger is written, and every batch is taken to be of fixed, "
+            "public size; use plan.optimizer(...) to have the privacy spent recorded.",
+            NoPlanWarning,
+            stacklevel=3,
+        )
+
+    def _check_strategy(self) -> None:
+        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            raise UnsupportedModelError(
+                f"{tf.distribute.get_strategy().num_replicas_in_sync} replicas share this optimizer, for which clip and "
+                "noise are not yet exact: train on one device."
+            )
+
+
+def make_dp_optimizer_class(base: type) -> type:
+    """A differentially private version of any Keras optimizer class.
+
+    Guarantees that one step has sensitivity `l2_norm_clip` before the noise, per example, for every model that the
+    clipping engine accepts, and refuses the others.
+
+    Args:
+      base: a subclass of `keras.optimizers.Optimizer`, such as `keras.optimizers.Lion`.
+
+    Returns:
+      A subclass that takes `l2_norm_clip`, `noise_multiplier` and `num_microbatches` first, then `base`'s own arguments,
+      and the keyword `expected_batch_size`.
+
+    Raises:
+      InvalidArgumentError: `base` is not a Keras optimizer class of this Keras, or is private already.
+
+    Example:
+      >>> import tensorflow as tf
+      >>> DPLion = make_dp_optimizer_class(tf.keras.optimizers.Lion)
+      >>> DPLion(l2_norm_clip=1.0, noise_multiplier=1.1).l2_norm_clip
+      1.0
+
+    Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", Algorithm 1.
+    """
+    if not (isinstance(base, type) and issubclass(base, keras.optimizers.Optimizer)):
+        raise InvalidArgumentError(
+            f"{base!r} is not a Keras optimizer class: give a subclass of keras.optimizers.Optimizer (legacy ones do not "
+            "work)."
+        )
+    if issubclass(base, _DPOptimizer):
+        raise InvalidArgumentError(f"{base.__name__} is private already: use it as it is.")
+    name = f"DPKeras{base.__name__}Optimizer"
+    members = {"__doc__": _CLASS_DOC.format(base=base.__name__), "__module__": __name__}
+    made = type(name, (_HOOK, _DPOptimizer, base), members)
+    return keras.utils.register_keras_serializable(package="tfprivacy_ft")(made)
+
+
+_CLASS_DOC = """`{base}` on differentially private gradients.
+
+    Args:
+      l2_norm_clip: > 0, bound on each example's gradient norm over all variables together.
+      noise_multiplier: >= 0, noise standard deviation divided by `l2_norm_clip`; 0 gives no privacy.
+      num_microbatches: None; one example is one microbatch. Accepted for programs written for TensorFlow Privacy when
+        it equals `expected_batch_size`.
+      *args: `{base}`'s own arguments, the learning rate first.
+      expected_batch_size: > 0, what the noisy sum is divided by, a constant; None divides by the rows of each batch,
+        right for batches of fixed, public size.
+      **kwargs: `{base}`'s own keyword arguments.
+
+    Raises:
+      InvalidArgumentError: an argument is outside its range.
+      RawGradientsError: `apply_gradients` was given gradients that this optimizer did not make.
+      UnsupportedModelError: examples see each other in the model; the text names the layer and the fix.
+    """
+
+
+class _DPOptimizer:
+    """What every DP optimizer has, whichever Keras it runs on."""
+
+    def __init__(
+        self,
+        l2_norm_clip: float,
+        noise_multiplier: float,
+        num_microbatches: int | None = None,
+        *args: Any,
+        expected_batch_size: float | None = None,
+        **kwargs: Any,
+    ):
+        _check.positive(l2_norm_clip=l2_norm_clip)
+        _check.non_negative(noise_multiplier=noise_multiplier)
+        if expected_batch_size is not None:
+            _check.positive(expected_batch_size=expected_batch_size)
+        if num_microbatches is not None and num_microbatches != expected_batch_size:
+            raise InvalidArgumentError(
+                f"num_microbatches={num_microbatches!r} is not allowed: one example is one microbatch here, so leave it None "
+                "and give expected_batch_size."
+            )
+        super().__init__(*args, **kwargs)
+        self._mechanism = Mechanism(l2_norm_clip, noise_multiplier, expected_batch_size)
+
+    @property
+    def l2_norm_clip(self) -> float:
+        """The bound on each example's gradient norm."""
+        return self._mechanism.l2_norm_clip
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Noise standard deviation divided by the clip."""
+        return self._mechanism.noise_multiplier
+
+    @property
+    def expected_batch_size(self) -> tf.Variable:
+        """What the noisy sum is divided by: a float32 variable; 0 stands for the rows of each batch."""
+        return self._mechanism.expected_batch_size
+
+    @property
+    def privacy_steps(self) -> int:
+        """Private steps that this optimizer made in this process; restoring a checkpoint does not take any back."""
+        return self._mechanism.guard.done
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """Clip, noise and step counter, for a plan to attach to."""
+        return self._mechanism
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments, so that a saved model can be compiled again."""
+        expected = float(self.expected_batch_size.numpy())
+        return {
+            **super().get_config(),
+            "l2_norm_clip": self.l2_norm_clip,
+            "noise_multiplier": self.noise_multiplier,
+            "expected_batch_size": expected or None,
+        }
+
+
+def _refuse_raw_gradients() -> RawGradientsError:
+    return RawGradientsError(
+        "apply_gradients was given gradients that this DP optimizer did not clip and noise: train with model.fit or "
+        "train_on_batch, or call optimizer.minimize on a loss inside a tf.function."
+    )
+
+
+class _Keras2Hook:
+    """Keras 2.14 hands the loss to `compute_gradients`, and its result to `apply_gradients`."""
+
+    def compute_gradients(self, loss, var_list, tape=None):
+        """Private gradients of `loss` for `var_list`, as pairs (gradient, variable)."""
+        if callable(loss):
+            raise UnsupportedModelError("the loss is a function: give a loss tensor computed inside a tf.function.")
+        self._mechanism.warn_without_plan()
+        variables = list(var_list() if callable(var_list) else var_list)
+        self._made = list(zip(self._mechanism.gradients(loss, variables), variables, strict=True))
+        return self._made
+
+    def apply_gradients(self, grads_and_vars, name=None, **kwargs):
+        """Applies gradients that `compute_gradients` made, and no others."""
+        pairs, made = list(grads_and_vars), getattr(self, "_made", [])
+        self._made = []
+        if len(pairs) != len(made) or any(g is not m for (g, _), (m, _) in zip(pairs, made, strict=True)):
+            raise _refuse_raw_gradients()
+        with tf.init_scope():
+            self.build([v for _, v in pairs])
+        update = super().apply_gradients
+        self._mechanism.guard.run(lambda: update(pairs, name=name, **kwargs))
+        return self.iterations
+
+
+class _Keras3Hook:
+    """Keras 3 shows the loss to `scale_loss`, and calls `apply` with gradients that are not used here."""
+
+    def scale_loss(self, loss):
+        """Remembers the traced loss of this step."""
+        self._loss = loss
+        return super().scale_loss(loss)
+
+    def apply(self, grads, trainable_variables=None):
+        """Applies the private gradients of the loss that was shown to `scale_loss`; `grads` is not looked at."""
+        loss, self._loss = getattr(self, "_loss", None), None
+        if loss is None:
+            raise _refuse_raw_gradients()
+        self._mechanism.warn_without_plan()
+        variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
+        private = self._mechanism.gradients(loss, [getattr(v, "value", v) for v in variables])
+        if not self.built:
+            with tf.init_scope():
+                self.build(variables)
+        update = super().apply
+        self._mechanism.guard.run(lambda: update(private, variables))
+
+
+_HOOK = _Keras3Hook if IS_KERAS_3 else _Keras2Hook
+
+DPKerasSGDOptimizer = make_dp_optimizer_class(keras.optimizers.SGD)
+DPKerasAdamOptimizer = make_dp_optimizer_class(keras.optimizers.Adam)
+DPKerasAdamWOptimizer = make_dp_optimizer_class(keras.optimizers.AdamW)
+DPKerasAdagradOptimizer = make_dp_optimizer_class(keras.optimizers.Adagrad)
