@@ -4,9 +4,16 @@ Public names load when they are first used: `import tfprivacy_ft` and everything
 """
 
 import importlib
+import os
+import sys
 from typing import Any
 
 __version__ = "0.1.0"
+
+# Importing TensorFlow writes ten lines about CPU features and absent GPU libraries, some of them as errors; 3 silences
+# them. What goes wrong later still arrives as an exception, and who sets the variable keeps what they set.
+if "tensorflow" not in sys.modules:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 # Public name -> the module it lives in.
 _HOMES = {
