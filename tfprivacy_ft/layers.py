@@ -1,0 +1,36 @@
+"""Layers that the built-in models need and Keras does not have. Imports TensorFlow; `models` imports it when it builds.
+
+To load a saved model that has one of them, import this module first: `from tfprivacy_ft import layers`.
+"""
+
+import tensorflow as tf
+
+
+@tf.keras.utils.register_keras_serializable("tfprivacy_ft")
+class MaskedMean(tf.keras.layers.Layer):
+    """Mean over time of the steps that the mask keeps; zeros where it keeps none.
+
+    Keras's GlobalAveragePooling1D answers NaN for a row of nothing but padding, and under differential privacy
+    one NaN example spoils the sum of its whole batch.
+
+    Example:
+        >>> MaskedMean()(tf.constant([[[2.0], [4.0], [9.0]]]), mask=tf.constant([[True, True, False]])).numpy()
+        array([[3.]], dtype=float32)
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+
+    def call(self, inputs, mask=None):
+        if mask is None:
+            return tf.reduce_mean(inputs, axis=1)
+        weights = tf.cast(mask, inputs.dtype)[:, :, tf.newaxis]
+        count = tf.reduce_sum(weights, axis=1)
+        return tf.reduce_sum(inputs * weights, axis=1) / tf.maximum(count, 1)
+
+    def compute_mask(self, inputs, mask=None):
+        return None
+
+    def compute_output_shape(self, input_shape):
+        return (input_shape[0], input_shape[2])
