@@ -45,7 +45,7 @@ def open_unit_interval(**values) -> None:
 def positive_integer(**values) -> None:
     """Each value is an integer >= 1."""
     for name, value in values.items():
-        if not (isinstance(value, Integral) and not isinstance(value, bool) and value >= 1):
+        if not (isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1):
             raise _refuse(name, value, "an integer >= 1")
 
 

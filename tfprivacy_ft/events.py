@@ -6,6 +6,8 @@ facts only, and knows neither TensorFlow nor dp_accounting.
 
 import dataclasses
 import math
+from collections.abc import Iterable
+from numbers import Integral
 from typing import Any, Literal
 
 from tfprivacy_ft.errors import InvalidArgumentError
@@ -68,6 +70,12 @@ class Event:
             raise InvalidArgumentError(
                 f"noise_multiplier={self.noise_multiplier} is not allowed: give a finite number >= 0."
             )
+        for name in ("count", "participations"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise InvalidArgumentError(f"{name}={value!r} is not allowed: give an integer >= 0.")
+        if self.population is not None and not (isinstance(self.population, Integral) and self.population >= 1):
+            raise InvalidArgumentError(f"population={self.population!r} is not allowed: give an integer >= 1, or None.")
         if not 0 <= self.participations <= self.count:
             raise InvalidArgumentError(
                 f"participations={self.participations} must lie between 0 and count={self.count}."
@@ -188,3 +196,18 @@ class Event:
             population=population,
             l2_norm_clip=l2_norm_clip,
         )
+
+
+def merge(events: Iterable[Event]) -> tuple[Event, ...]:
+    """The same releases with equal events joined into one: counts and participations add up, order is kept.
+
+    Example:
+      >>> merge([Event.unknown(count=2, noise_multiplier=1.0), Event.unknown(count=3, noise_multiplier=1.0)])[0].count
+      5
+    """
+    totals: dict[Event, tuple[int, int]] = {}
+    for event in events:
+        kind = dataclasses.replace(event, count=0, participations=0)
+        count, participations = totals.get(kind, (0, 0))
+        totals[kind] = (count + event.count, participations + event.participations)
+    return tuple(dataclasses.replace(kind, count=c, participations=p) for kind, (c, p) in totals.items())

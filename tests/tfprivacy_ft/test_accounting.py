@@ -1,0 +1,390 @@
+import dataclasses
+import logging
+import math
+import time
+import warnings
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tfprivacy_ft import accounting
+from tfprivacy_ft.errors import BudgetExceededError, InvalidArgumentError, UnsupportedEventError
+from tfprivacy_ft.events import Event
+
+
+def poisson(q, noise, steps, unit="example"):
+    return Event.poisson(count=steps, noise_multiplier=noise, sampling_probability=q, unit=unit)
+
+
+def shuffled(noise, passes, steps=None):
+    return Event.shuffled(count=steps or passes, passes=passes, noise_multiplier=noise)
+
+
+def fixed(noise, rounds, cohort, population):
+    return Event.fixed(count=rounds, noise_multiplier=noise, cohort_size=cohort, population=population)
+
+
+# Published and independently computed figures: (event, delta, RDP, PLD on the default grid).
+GOLDEN = [
+    (poisson(0.04, 1.5, 2250), 1e-5, 7.329, 6.7688),
+    (poisson(0.1, 3.0, 512), 1e-6, 4.0510, 3.7697),
+    (poisson(256 / 60000, 1.1, 14063), 1e-5, 2.597, 2.382),
+    (shuffled(1.1, 60), 1e-5, 56.95, 54.05),
+    (poisson(150 / 60000, 1.3, 6000), 1e-5, 0.72422, 0.6401),
+    (poisson(1e-3, 1.0, 30000), 1e-7, 1.41550, 1.0982),
+    (poisson(1.0, 1.0, 1), 1e-5, 4.7285, 4.377178),
+    (poisson(0.01, 1.0, 1000, "client"), 1e-6, 2.4367, 2.1245),
+    (poisson(100 / 3000, 1.0, 100, "client"), 1e-4, 2.291, 1.879),
+]
+
+
+@pytest.mark.parametrize(("event", "delta", "rdp", "pld"), GOLDEN)
+def test_published_figures(event, delta, rdp, pld):
+    assert accounting.epsilon(event, delta, accountant="rdp") == pytest.approx(rdp, rel=3e-4)
+    assert accounting.epsilon(event, delta) == pytest.approx(pld, rel=3e-4)
+
+
+@pytest.mark.parametrize(
+    ("event", "delta", "pld"),
+    [
+        (poisson(256 / 60000, 1.1, 14063), 1e-5, 2.391),
+        (poisson(150 / 60000, 1.3, 6000), 1e-5, 0.651),
+        (poisson(1e-3, 1.0, 30000), 1e-7, 1.152),
+    ],
+)
+def test_published_figures_on_a_coarser_grid(event, delta, pld):
+    assert accounting.epsilon(event, delta, value_discretization_interval=1e-3) == pytest.approx(pld, rel=1e-3)
+
+
+def test_fixed_size_cohorts_cost_ten_times_as_much_as_poisson_ones():
+    event = fixed(1.0, 1000, 100, 10000)
+    assert accounting.epsilon(event, 1e-6, accountant="rdp") == pytest.approx(23.3, rel=1e-3)
+    with pytest.raises(UnsupportedEventError, match="fixed-size"):
+        accounting.epsilon(event, 1e-6)
+
+
+def test_replacing_one_of_a_shuffled_run_moves_the_sum_twice_as_far():
+    (account,) = accounting.accounts(shuffled(1.1, 60), 1e-5)
+    assert account.epsilon_replace_one == pytest.approx(158.4, rel=5e-4)
+    assert account.epsilon_pld == account.epsilon_without_amplification == pytest.approx(54.05, rel=2e-4)
+
+
+def test_local_noise_has_twice_the_sensitivity():
+    assert accounting.gaussian_epsilon(noise_multiplier=1.0 / 2, delta=1e-5) == pytest.approx(10.0, rel=5e-3)
+
+
+@pytest.mark.parametrize("mu", [1e-6, 1e-3, 0.1, 1.0, 7.0, 40.0, 300.0, 5000.0])
+@pytest.mark.parametrize("delta", [1e-12, 1e-5, 0.1])
+def test_closed_form_against_high_precision(mu, delta):
+    mpmath = pytest.importorskip("mpmath")
+
+    def true_delta(candidate):
+        with mpmath.workdps(60):
+            a, b = candidate / mpmath.mpf(mu) - mpmath.mpf(mu) / 2, candidate / mpmath.mpf(mu) + mpmath.mpf(mu) / 2
+            return mpmath.erfc(a / mpmath.sqrt(2)) / 2 - mpmath.exp(candidate) * mpmath.erfc(b / mpmath.sqrt(2)) / 2
+
+    spent = accounting.gaussian_epsilon(noise_multiplier=1 / mu, delta=delta)
+    assert true_delta(spent) <= delta * (1 + 1e-8)
+    if spent > 0:
+        assert true_delta(spent * (1 - 1e-6)) > delta
+
+
+def test_the_kept_one_release_distribution_gives_what_the_accountant_of_dp_accounting_gives():
+    dp_accounting = pytest.importorskip("dp_accounting")
+    events = [poisson(0.02, 1.2, 300), poisson(0.05, 2.0, 50), poisson(1.0, 9.0, 4)]
+    reference = dp_accounting.pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, 1e-4)
+    for event in events:
+        sampled = dp_accounting.PoissonSampledDpEvent(
+            event.sampling_probability, dp_accounting.GaussianDpEvent(event.noise_multiplier)
+        )
+        reference.compose(dp_accounting.SelfComposedDpEvent(sampled, event.count))
+    assert accounting.epsilon(events, 1e-6) == pytest.approx(reference.get_epsilon(1e-6), rel=1e-5)
+
+
+# Releases that count for nothing, for everything, or not together.
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_nothing_released_costs_nothing(accountant):
+    assert accounting.epsilon([], 1e-5, accountant=accountant) == 0.0
+    assert accounting.epsilon(poisson(0.1, 0.0, 0), 1e-5, accountant=accountant) == 0.0
+    assert accounting.accounts([poisson(0.1, 1.0, 0)], 1e-5) == ()
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+@pytest.mark.parametrize("event", [poisson(0.1, 0.0, 1), shuffled(0.0, 1), Event.unknown(count=1, noise_multiplier=0)])
+def test_one_release_without_noise_is_no_privacy(event, accountant):
+    loud = dataclasses.replace(event, noise_multiplier=5.0)
+    assert accounting.epsilon([loud, event], 1e-5, accountant=accountant) == math.inf
+    assert accounting.epsilon_without_amplification([loud, event], 1e-5) == math.inf
+
+
+def test_no_noise_in_fixed_cohorts_is_no_privacy():
+    assert accounting.epsilon(fixed(0.0, 1, 10, 100), 1e-5, accountant="rdp") == math.inf
+
+
+@pytest.mark.parametrize(
+    "other", [poisson(0.1, 1.0, 1, unit="client"), shuffled(1.0, 1), fixed(1.0, 1, 10, 100)], ids=lambda e: e.sampler
+)
+def test_units_and_relations_are_never_added(other):
+    event = poisson(0.1, 1.0, 10)
+    for figure in (accounting.epsilon, accounting.epsilon_without_amplification):
+        with pytest.raises(UnsupportedEventError, match="do not add up"):
+            figure([event, other], 1e-5)
+    assert len(accounting.accounts([event, other], 1e-5)) == 2
+
+
+def test_zero_counts_do_not_stand_in_the_way():
+    assert accounting.epsilon([shuffled(1.0, 1), poisson(0.1, 1.0, 0)], 1e-5) == pytest.approx(4.377178, rel=1e-6)
+
+
+def test_order_and_splitting_of_events_do_not_matter():
+    whole = accounting.epsilon([poisson(0.01, 1.0, 100), poisson(0.02, 1.0, 50)], 1e-5)
+    parts = [poisson(0.02, 1.0, 20), poisson(0.01, 1.0, 100), poisson(0.02, 1.0, 30)]
+    assert accounting.epsilon(parts, 1e-5) == whole
+
+
+def test_cohorts_of_everybody_are_not_sampled():
+    everybody = accounting.epsilon(fixed(2.0, 1, 100, 100), 1e-5)
+    assert everybody == pytest.approx(accounting.gaussian_epsilon(noise_multiplier=1.0, delta=1e-5))
+
+
+def test_account_names_what_it_stands_for():
+    example, client = accounting.accounts([fixed(2.0, 10, 5, 100), poisson(0.01, 1.0, 100)], 1e-5)
+    assert (example.unit, example.relation, example.accountant) == ("example", "add_or_remove_one", "pld")
+    assert example.epsilon == example.epsilon_pld < example.epsilon_rdp < example.epsilon_without_amplification
+    assert example.epsilon_replace_one is None
+    assert (client.unit, client.relation, client.accountant) == ("client", "replace_one", "rdp")
+    assert client.epsilon_pld is None and client.epsilon == client.epsilon_rdp
+    assert (client.samplers, client.releases) == (("fixed",), 10)
+
+
+@pytest.mark.parametrize("delta", [0, 1, -1e-5, 1.5, math.nan, "1e-5", None])
+def test_delta_outside_its_range_is_refused(delta):
+    for figure in (accounting.epsilon, accounting.epsilon_without_amplification, accounting.accounts):
+        with pytest.raises(InvalidArgumentError, match="delta"):
+            figure([], delta)
+    with pytest.raises(InvalidArgumentError, match="delta"):
+        accounting.check_delta(delta, 10)
+
+
+def test_an_unknown_accountant_is_refused():
+    with pytest.raises(InvalidArgumentError, match="accountant"):
+        accounting.epsilon([], 1e-5, accountant="moments")
+
+
+def test_a_large_delta_is_warned_about():
+    with pytest.warns(UserWarning, match="records whole"):
+        accounting.check_delta(1 / 1000, 1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accounting.check_delta(0.9e-3, 1000)
+        accounting.check_delta(0.5)
+
+
+# Properties that every accountant must have.
+
+noises = st.floats(0.6, 20.0)
+rates = st.floats(1e-3, 0.5)
+counts = st.integers(1, 3000)
+quick = settings(max_examples=15, deadline=None, derandomize=True)
+
+
+def spend(accountant, q, noise, steps):
+    grid = 1e-3 if accountant == "pld" else None  # ten times as fast, and held to the same properties
+    return accounting.epsilon(poisson(q, noise, steps), 1e-5, accountant=accountant, value_discretization_interval=grid)
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+class TestEveryAccountant:
+    @quick
+    @given(q=rates, noise=noises, steps=counts, more=st.integers(1, 1000))
+    def test_more_steps_cost_more(self, accountant, q, noise, steps, more):
+        assert spend(accountant, q, noise, steps) <= spend(accountant, q, noise, steps + more) + 1e-9
+
+    @quick
+    @given(q=rates, noise=noises, steps=counts, factor=st.floats(1.01, 3.0))
+    def test_more_noise_costs_less(self, accountant, q, noise, steps, factor):
+        assert spend(accountant, q, noise * factor, steps) <= spend(accountant, q, noise, steps) + 1e-6
+
+    @quick
+    @given(q=rates, noise=noises, steps=counts, factor=st.floats(1.01, 2.0))
+    def test_more_sampling_costs_more(self, accountant, q, noise, steps, factor):
+        assert spend(accountant, q, noise, steps) <= spend(accountant, q * factor, noise, steps) + 1e-6
+
+
+@pytest.mark.slow
+@quick
+@given(q=rates, noise=noises, steps=counts, delta=st.sampled_from([1e-8, 1e-5, 1e-3]))
+def test_pld_is_below_rdp_and_below_no_amplification(q, noise, steps, delta):
+    pld = accounting.epsilon(poisson(q, noise, steps), delta)
+    assert pld <= accounting.epsilon(poisson(q, noise, steps), delta, accountant="rdp") * 1.001 + 2e-3
+    assert pld <= accounting.epsilon_without_amplification(poisson(q, noise, steps), delta)
+
+
+@pytest.mark.parametrize(
+    ("event", "delta"),
+    [
+        (poisson(0.01, 0.02, 100), 1e-6),
+        (poisson(0.5, 0.3, 10**6), 1e-6),
+        (poisson(0.3, 0.001, 5), 1e-5),
+        (poisson(1e-6, 500.0, 10**6), 1e-10),
+        (poisson(1e-9, 0.5, 10**6), 1e-300),
+        (poisson(0.999999, 1.0, 10), 1e-5),
+    ],
+)
+def test_extremes_give_a_finite_figure_in_a_few_seconds(event, delta):
+    start = time.monotonic()
+    (account,) = accounting.accounts(event, delta)
+    assert 0 < account.epsilon_pld <= account.epsilon_without_amplification < math.inf
+    assert account.epsilon_rdp > 0
+    assert time.monotonic() - start < 20
+
+
+def test_rounding_never_counts_as_perfect_privacy():
+    # The divergence of one release is about q^2 / noise^2 = 4e-18 here, far below the rounding of the sums.
+    spent = accounting.epsilon(poisson(1e-6, 500.0, 10**6), 1e-10, accountant="rdp")
+    assert spent >= 1e-6
+
+
+def test_the_accountant_is_quiet_and_leaves_logging_as_it_was(caplog):
+    logger = logging.getLogger("absl")
+    before = (logger.level, list(logger.filters), logger.disabled)
+    accounting.accounts([poisson(0.9999, 0.05, 77)], 1e-5)
+    assert not caplog.records
+    assert (logger.level, list(logger.filters), logger.disabled) == before
+    with accounting._quiet_accountant():
+        logger.error("somebody else's line")
+    assert "somebody else's line" in caplog.text
+
+
+def test_only_lines_of_the_accountant_are_dropped(caplog):
+    with accounting._quiet_accountant():
+        record = logging.LogRecord("absl", logging.WARNING, "/x/dp_accounting/rdp/a.py", 1, "noise", None, None)
+        logging.getLogger("absl").handle(record)
+    assert not caplog.records
+
+
+def test_a_progress_bar_may_ask_often():
+    event = poisson(0.011, 1.0, 1234)
+    accounting.epsilon(event, 1e-5)
+    start = time.monotonic()
+    for _ in range(100):
+        accounting.epsilon([event, poisson(0.5, 1.0, 0)], 1e-5)
+    assert time.monotonic() - start < 0.5
+
+
+# Solving.
+
+
+@pytest.mark.parametrize(
+    ("q", "steps", "target", "accountant", "grid", "noise"),
+    [
+        (0.01, 1000, 1.0, "pld", 1e-3, 1.4158),
+        (0.01, 1000, 1.0, "rdp", None, 1.513),
+        (0.04, 2250, 8.0, "pld", 1e-3, 1.34596),
+        (0.04, 2250, 8.0, "rdp", None, 1.41587),
+    ],
+)
+def test_published_noise_multipliers(q, steps, target, accountant, grid, noise):
+    solved = accounting.solve_noise_multiplier(
+        target_epsilon=target,
+        delta=1e-5,
+        events_for=lambda z: poisson(q, z, steps),
+        accountant=accountant,
+        value_discretization_interval=grid,
+    )
+    assert solved == pytest.approx(noise, rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("q", "steps", "target"),
+    [(0.01, 1000, 1.0), (0.04, 2250, 8.0), (0.01, 1000, 0.05), pytest.param(0.01, 10**5, 60.0, marks=pytest.mark.slow)],
+)
+def test_solved_noise_keeps_the_promise_and_wastes_nothing(q, steps, target):
+    solved = accounting.solve_noise_multiplier(
+        target_epsilon=target, delta=1e-5, events_for=lambda z: poisson(q, z, steps)
+    )
+    assert accounting.epsilon(poisson(q, solved, steps), 1e-5) <= target
+    assert accounting.epsilon(poisson(q, solved * 0.999, steps), 1e-5) > target
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(passes=st.integers(1, 500), target=st.floats(0.01, 100.0), delta=st.sampled_from([1e-9, 1e-5, 1e-2]))
+def test_solved_noise_is_never_less_private_than_asked(passes, target, delta):
+    solved = accounting.solve_noise_multiplier(
+        target_epsilon=target, delta=delta, events_for=lambda z: [shuffled(z, passes)]
+    )
+    assert accounting.epsilon(shuffled(solved, passes), delta) <= target
+    assert accounting.epsilon(shuffled(solved * 0.999, passes), delta) > target
+
+
+def test_solving_counts_what_was_spent_before():
+    before = shuffled(3.0, 2)
+    solved = accounting.solve_noise_multiplier(
+        target_epsilon=3.0, delta=1e-5, events_for=lambda z: [before, shuffled(z, 5)]
+    )
+    assert accounting.epsilon([before, shuffled(solved, 5)], 1e-5) == pytest.approx(3.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_a_target_that_no_noise_reaches_is_refused(accountant):
+    for events_for in (lambda z: [shuffled(0.5, 10), shuffled(z, 1)], lambda z: shuffled(z, 0, steps=3)):
+        with pytest.raises(InvalidArgumentError, match="target_epsilon"):
+            accounting.solve_noise_multiplier(
+                target_epsilon=1.0, delta=1e-5, events_for=events_for, accountant=accountant
+            )
+
+
+@pytest.mark.parametrize("target", [0, -1, math.inf, math.nan])
+def test_target_outside_its_range_is_refused(target):
+    with pytest.raises(InvalidArgumentError, match="target_epsilon"):
+        accounting.solve_noise_multiplier(target_epsilon=target, delta=1e-5, events_for=lambda z: shuffled(z, 1))
+    with pytest.raises(InvalidArgumentError, match="target_epsilon"):
+        accounting.solve_steps(target_epsilon=target, delta=1e-5, event=shuffled(1.0, 1))
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+@pytest.mark.parametrize(("q", "noise", "target"), [(0.01, 1.0, 2.0), (0.05, 3.0, 0.7)])
+def test_solved_steps_are_the_last_that_fit(q, noise, target, accountant):
+    event = poisson(q, noise, 1)
+    steps = accounting.solve_steps(target_epsilon=target, delta=1e-5, event=event, accountant=accountant)
+    assert accounting.epsilon(poisson(q, noise, steps), 1e-5, accountant=accountant) <= target
+    assert accounting.epsilon(poisson(q, noise, steps + 1), 1e-5, accountant=accountant) > target
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(noise=st.floats(0.3, 200.0), target=st.floats(0.05, 20.0), spent=st.integers(0, 3))
+def test_solved_steps_never_pass_the_target(noise, target, spent):
+    before = [Event.unknown(count=spent, noise_multiplier=30.0)]
+    one = Event.unknown(count=1, noise_multiplier=noise)
+    try:
+        steps = accounting.solve_steps(target_epsilon=target, delta=1e-5, event=one, spent=before)
+    except BudgetExceededError:
+        assert accounting.epsilon(before, 1e-5) > target
+        return
+    assert accounting.epsilon([*before, one.with_count(steps)], 1e-5) <= target
+    assert accounting.epsilon([*before, one.with_count(steps + 1)], 1e-5) > target
+
+
+def test_solved_steps_of_a_shuffle_are_whole_passes():
+    event = shuffled(10.0, 2, steps=50)
+    steps = accounting.solve_steps(target_epsilon=4.3772, delta=1e-5, event=event)
+    assert steps == 100 * 25
+
+
+def test_no_step_fits_without_noise_or_budget():
+    assert accounting.solve_steps(target_epsilon=1.0, delta=1e-5, event=poisson(0.1, 0.0, 1)) == 0
+    assert accounting.solve_steps(target_epsilon=0.1, delta=1e-5, event=poisson(0.1, 0.8, 1)) == 0
+
+
+def test_steps_are_capped():
+    event = Event.unknown(count=1, noise_multiplier=1e6)
+    assert accounting.solve_steps(target_epsilon=1.0, delta=1e-5, event=event, most=1000) == 1000
+
+
+def test_a_budget_already_passed_is_an_error_not_zero_steps():
+    spent = [Event.unknown(count=10, noise_multiplier=1.0)]
+    with pytest.raises(BudgetExceededError, match="already spent"):
+        accounting.solve_steps(target_epsilon=1.0, delta=1e-5, event=spent[0].with_count(1), spent=spent)

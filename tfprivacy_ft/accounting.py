@@ -1,0 +1,715 @@
+"""Events -> epsilon, and the noise or the number of steps that a target epsilon allows.
+
+A thin layer over dp_accounting. It promises that epsilon is never under-reported: every approximation here errs to
+the side of more epsilon, and what the solvers return was itself accounted and found within the target. Events of
+different units of privacy, or of different neighbouring relations, do not compose: they are reported side by side
+(`accounts`), never added.
+
+It knows neither TensorFlow nor ledgers; dp_accounting is imported when a sampled event first needs it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+from tfprivacy_ft import _check
+from tfprivacy_ft.errors import BudgetExceededError, InvalidArgumentError, UnsupportedEventError
+from tfprivacy_ft.events import Event, Relation, Sampler, Unit, merge
+
+Accountant = Literal["pld", "rdp"]
+
+DEFAULT_DISCRETIZATION = 1e-4  # of privacy losses, for PLD; a coarser grid gives a larger epsilon, never a smaller one
+
+__all__ = [
+    "DEFAULT_DISCRETIZATION",
+    "Account",
+    "Accountant",
+    "accounts",
+    "check_delta",
+    "epsilon",
+    "epsilon_without_amplification",
+    "gaussian_epsilon",
+    "solve_noise_multiplier",
+    "solve_steps",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """The privacy spent on one unit of privacy under one neighbouring relation.
+
+    Args:
+      unit: who is protected.
+      relation: which data sets epsilon cannot tell apart.
+      delta: the delta that every epsilon here goes with.
+      epsilon_pld: by privacy loss distributions (the closed form of the Gaussian where nothing was sampled); None
+        where no such bound is known (fixed-size cohorts).
+      epsilon_rdp: by Renyi differential privacy, as a cross-check.
+      epsilon_without_amplification: the same releases with every unit in every release it could have been in: what
+        is left if nobody believes the sampling.
+      epsilon_replace_one: the same releases when one unit's data is replaced by any other (the sum moves by twice
+        the clip); None unless the relation is zero-out.
+      events: what was accounted, equal events merged.
+    """
+
+    unit: Unit
+    relation: Relation
+    delta: float
+    epsilon_pld: float | None
+    epsilon_rdp: float
+    epsilon_without_amplification: float
+    epsilon_replace_one: float | None
+    events: tuple[Event, ...]
+
+    @property
+    def epsilon(self) -> float:
+        """The epsilon to quote: PLD where it exists, else RDP."""
+        return self.epsilon_rdp if self.epsilon_pld is None else self.epsilon_pld
+
+    @property
+    def accountant(self) -> Accountant:
+        """Which accountant `epsilon` is from."""
+        return "rdp" if self.epsilon_pld is None else "pld"
+
+    @property
+    def samplers(self) -> tuple[Sampler, ...]:
+        """The samplers of the events, each once, in order of name."""
+        return tuple(sorted({event.sampler for event in self.events}))
+
+    @property
+    def releases(self) -> int:
+        """How many noised releases (steps, rounds) were made."""
+        return sum(event.count for event in self.events)
+
+
+def epsilon(
+    events: Event | Iterable[Event],
+    delta: float,
+    *,
+    accountant: Accountant = "pld",
+    value_discretization_interval: float | None = None,
+) -> float:
+    """The epsilon spent by `events` together, never under-reported.
+
+    Where nothing was sampled, `"pld"` is the exact closed form of the Gaussian mechanism.
+
+    Args:
+      events: releases that share unit and relation; events whose count is 0 are ignored.
+      delta: in (0, 1).
+      accountant: `"pld"` (tight) or `"rdp"` (a cross-check, always larger or equal up to rounding).
+      value_discretization_interval: PLD's grid, > 0. None means 1e-4, and coarser where the losses are so large
+        that the finer grid would take minutes and gain nothing.
+
+    Returns:
+      0.0 if nothing was released, `math.inf` if something was released without noise.
+
+    Raises:
+      InvalidArgumentError: delta, the accountant or the grid is outside its range.
+      UnsupportedEventError: the events do not compose, or PLD has no bound for them (fixed-size cohorts).
+
+    Example:
+      >>> round(epsilon(Event.shuffled(count=10, passes=1, noise_multiplier=1.0), delta=1e-5), 6)
+      4.377178
+
+    Source:
+      Doroshenko et al. 2022, "Connect the Dots" (PLD); Mironov et al. 2019, "Renyi Differential Privacy of the
+      Sampled Gaussian Mechanism" (RDP); Wang, Balle, Kasiviswanathan 2019, Theorem 27 (fixed-size cohorts).
+    """
+    _check.open_unit_interval(delta=delta)
+    if accountant not in ("pld", "rdp"):
+        raise InvalidArgumentError(f"accountant={accountant!r} is not an accountant: use 'pld' or 'rdp'.")
+    if value_discretization_interval is not None:
+        _check.positive(value_discretization_interval=value_discretization_interval)
+    releases = _releases(_one_group(events))
+    if accountant == "rdp":
+        return _rdp_epsilon(releases, float(delta))
+    return _pld_epsilon(releases, float(delta), value_discretization_interval)
+
+
+def epsilon_without_amplification(events: Event | Iterable[Event], delta: float) -> float:
+    """Epsilon with every unit in every release it could have been in: no sampling is believed, only the noise.
+
+    Args:
+      events: releases that share unit and relation.
+      delta: in (0, 1).
+
+    Returns:
+      The closed form of the Gaussian mechanism; 0.0 if nothing was released, `math.inf` without noise.
+
+    Raises:
+      InvalidArgumentError: delta is outside its range.
+      UnsupportedEventError: the events do not compose.
+
+    Example:
+      >>> event = Event.poisson(count=1, noise_multiplier=1.0, sampling_probability=0.01)
+      >>> round(epsilon_without_amplification(event, delta=1e-5), 3)
+      4.377
+    """
+    _check.open_unit_interval(delta=delta)
+    return _unsampled_epsilon(_releases(_one_group(events)), float(delta))
+
+
+def gaussian_epsilon(*, noise_multiplier: float, delta: float, releases: int = 1) -> float:
+    """The exact epsilon of `releases` Gaussian mechanisms, for any noise and any delta.
+
+    `releases` Gaussians of noise multiplier z are one of z / sqrt(releases).
+
+    Args:
+      noise_multiplier: standard deviation divided by the sensitivity, >= 0.
+      delta: in (0, 1).
+      releases: how many, >= 0.
+
+    Returns:
+      Epsilon >= 0, rounded up in its last digits; `math.inf` for noise 0.
+
+    Raises:
+      InvalidArgumentError: an argument is outside its range.
+
+    Example:
+      >>> round(gaussian_epsilon(noise_multiplier=1.0, delta=1e-5), 6)
+      4.377178
+
+    Source:
+      Balle & Wang 2018, "Improving the Gaussian Mechanism for Differential Privacy", Theorem 8.
+    """
+    _check.non_negative(noise_multiplier=noise_multiplier, releases=releases)
+    _check.open_unit_interval(delta=delta)
+    if releases == 0:
+        return 0.0
+    if noise_multiplier == 0:
+        return math.inf
+    return _gaussian_epsilon(math.sqrt(releases) / noise_multiplier, delta)
+
+
+def accounts(events: Event | Iterable[Event], delta: float) -> tuple[Account, ...]:
+    """One account for each unit of privacy and neighbouring relation among the events, side by side.
+
+    Args:
+      events: any releases; those whose count is 0 are ignored.
+      delta: in (0, 1), the same for every account.
+
+    Returns:
+      The accounts, examples before clients; empty if nothing was released.
+
+    Raises:
+      InvalidArgumentError: delta is outside its range.
+
+    Example:
+      >>> [account.unit for account in accounts(Event.unknown(count=3, noise_multiplier=2.0), delta=1e-5)]
+      ['example']
+    """
+    _check.open_unit_interval(delta=delta)
+    groups = _groups(events)
+    ordered = sorted(groups, key=lambda key: (key[0] != "example", key[1]))
+    return tuple(_account(unit, relation, groups[unit, relation], float(delta)) for unit, relation in ordered)
+
+
+def check_delta(delta: float, population: int | None = None) -> None:
+    """Refuses a delta outside (0, 1), and warns about one so large that it protects nobody in particular.
+
+    Args:
+      delta: the delta to check.
+      population: how many units are protected, >= 1; None skips the warning.
+
+    Raises:
+      InvalidArgumentError: an argument is outside its range.
+
+    Example:
+      >>> check_delta(1e-5, population=60_000)
+    """
+    _check.open_unit_interval(delta=delta)
+    if population is None:
+        return
+    _check.positive_integer(population=population)
+    if delta >= 1 / population:
+        warnings.warn(
+            f"delta={delta:g} is not below 1/{population}: a mechanism that publishes one of the {population} records "
+            "whole would pass it, so choose a much smaller delta.",
+            stacklevel=2,
+        )
+
+
+def solve_noise_multiplier(
+    *,
+    target_epsilon: float,
+    delta: float,
+    events_for: Callable[[float], Event | Iterable[Event]],
+    accountant: Accountant = "pld",
+    value_discretization_interval: float | None = None,
+) -> float:
+    """The smallest noise multiplier whose events stay within the target; never less privacy than asked.
+
+    Args:
+      target_epsilon: > 0.
+      delta: in (0, 1).
+      events_for: gives the events of a run with this noise multiplier (with what was spent before, if anything);
+        more noise has to mean less epsilon.
+      accountant, value_discretization_interval: as in `epsilon`.
+
+    Returns:
+      A noise multiplier within 0.01% above the smallest, and for which `epsilon(...) <= target_epsilon` holds.
+
+    Raises:
+      InvalidArgumentError: an argument is outside its range, or no noise multiplier reaches the target.
+      UnsupportedEventError: as in `epsilon`.
+
+    Example:
+      >>> one = lambda noise_multiplier: Event.unknown(count=1, noise_multiplier=noise_multiplier)
+      >>> round(solve_noise_multiplier(target_epsilon=4.377178, delta=1e-5, events_for=one), 3)
+      1.0
+    """
+    _check.positive(target_epsilon=target_epsilon)
+    _check.open_unit_interval(delta=delta)
+
+    def excess_by(measure: Callable[[tuple[_Release, ...]], float]) -> Callable[[float], float]:
+        return lambda noise: _excess(measure(_releases(_one_group(events_for(noise)))), target_epsilon)
+
+    def measure(events: Event | Iterable[Event]) -> float:
+        return epsilon(
+            events, delta, accountant=accountant, value_discretization_interval=value_discretization_interval
+        )
+
+    start, stride = 1.0, 2.0
+    if accountant == "pld" and _is_sampled(_releases(_one_group(events_for(1.0)))):
+        # Milliseconds by RDP, then a coarse grid, leave only two or three looks at the fine grid.
+        for look, next_stride in ((_rdp_epsilon, 1.1), (_coarse_epsilon, 1.0005)):
+            rough = excess_by(functools.partial(look, delta=float(delta)))
+            bracket = _bracket_noise(rough, start, stride)
+            if bracket is not None:
+                start, stride = _narrow_noise(rough, bracket).feasible, next_stride
+
+    def excess(noise: float) -> float:
+        return _excess(measure(events_for(noise)), target_epsilon)
+
+    bracket = _bracket_noise(excess, start, stride)
+    if bracket is None:
+        raise InvalidArgumentError(
+            f"target_epsilon={target_epsilon} is not met by any noise multiplier between {_LEAST_NOISE:g} and "
+            f"{_MOST_NOISE:g}, or by all of them: change target_epsilon or the releases."
+        )
+    return _narrow_noise(excess, bracket).feasible  # the promise: this side was accounted and is within the target
+
+
+def solve_steps(
+    *,
+    target_epsilon: float,
+    delta: float,
+    event: Event,
+    spent: Sequence[Event] = (),
+    accountant: Accountant = "pld",
+    most: int = 10_000_000,
+) -> int:
+    """How many releases like `event` fit into the target, on top of what was spent.
+
+    Args:
+      target_epsilon: > 0.
+      delta: in (0, 1).
+      event: one kind of release. Its count is ignored, except for `"shuffled"`: there count / participations is the
+        length of a pass, and only whole passes are given.
+      spent: events released before, of the same unit and relation.
+      accountant: as in `epsilon`.
+      most: where to stop looking, >= 1.
+
+    Returns:
+      The largest number of releases, at most `most`, for which `epsilon(...) <= target_epsilon` holds; 0 if not
+      even one fits.
+
+    Raises:
+      BudgetExceededError: what was spent is already over the target.
+      InvalidArgumentError: an argument is outside its range.
+      UnsupportedEventError: as in `epsilon`.
+
+    Example:
+      >>> event = Event.unknown(count=1, noise_multiplier=10.0)
+      >>> solve_steps(target_epsilon=4.3772, delta=1e-5, event=event)
+      100
+    """
+    _check.positive(target_epsilon=target_epsilon)
+    _check.open_unit_interval(delta=delta)
+    _check.positive_integer(most=most)
+    pass_length = _pass_length(event)
+
+    def excess(units: int, which: Accountant) -> float:
+        return _excess(epsilon([*spent, _repeat(event, units)], delta, accountant=which), target_epsilon)
+
+    if excess(0, accountant) > 0:
+        raise BudgetExceededError(
+            f"target_epsilon={target_epsilon} was passed by what is already spent "
+            f"(epsilon {epsilon(spent, delta, accountant=accountant):.4g}): raise the target, or stop here."
+        )
+    start = 1
+    if accountant == "pld" and _is_sampled(_releases([*spent, _repeat(event, 1)])):
+        start = max(1, _largest_count(lambda units: excess(units, "rdp"), 1, most // pass_length))
+    return pass_length * _largest_count(lambda units: excess(units, accountant), start, most // pass_length)
+
+
+# Events as the accountants see them: what was drawn, how noisy, how often.
+
+
+class _Release(NamedTuple):
+    """`times` equal Gaussian releases, as far as epsilon is concerned; hashable, so that answers can be kept."""
+
+    mechanism: Literal["gaussian", "poisson", "fixed"]
+    noise_multiplier: float  # standard deviation over the sensitivity under the relation of the events
+    times: int
+    sampling_probability: float = 1.0
+    cohort_size: int = 1
+    population: int = 1
+
+
+def _as_list(events: Event | Iterable[Event]) -> list[Event]:
+    return [events] if isinstance(events, Event) else list(events)
+
+
+def _groups(events: Event | Iterable[Event]) -> dict[tuple[Unit, Relation], list[Event]]:
+    groups: dict[tuple[Unit, Relation], list[Event]] = {}
+    for event in _as_list(events):
+        if event.count > 0:
+            groups.setdefault((event.unit, event.relation), []).append(event)
+    return groups
+
+
+def _one_group(events: Event | Iterable[Event]) -> list[Event]:
+    """The events that count, if they compose."""
+    groups = _groups(events)
+    if len(groups) > 1:
+        kinds = " and ".join(f"{unit} / {relation}" for unit, relation in sorted(groups))
+        raise UnsupportedEventError(
+            f"events of {kinds} do not add up to one epsilon: account for each unit and relation by itself, as "
+            "`accounts` does."
+        )
+    return next(iter(groups.values()), [])
+
+
+def _release(event: Event, noise_factor: float) -> _Release:
+    noise = float(event.noise_multiplier) * noise_factor
+    times = int(event.participations)
+    if event.sampler == "poisson" and event.sampling_probability is not None and event.sampling_probability < 1:
+        return _Release("poisson", noise, times, sampling_probability=float(event.sampling_probability))
+    if event.sampler == "fixed":
+        cohort_size, population = int(event.cohort_size or 1), int(event.population or 1)
+        # Replacing one unit moves the sum by twice the clip: to the accountant, half the noise.
+        if cohort_size < population:
+            return _Release("fixed", noise / 2, times, cohort_size=cohort_size, population=population)
+        return _Release("gaussian", noise / 2, times)
+    return _Release("gaussian", noise, times)
+
+
+def _releases(events: Iterable[Event], noise_factor: float = 1.0) -> tuple[_Release, ...]:
+    """The events in which somebody took part, equal ones merged, in a fixed order."""
+    times: dict[_Release, int] = {}
+    for event in events:
+        release = _release(event, noise_factor)
+        key = release._replace(times=0)
+        times[key] = times.get(key, 0) + release.times
+    return tuple(sorted(key._replace(times=n) for key, n in times.items() if n > 0))
+
+
+def _is_sampled(releases: Iterable[_Release]) -> bool:
+    return any(release.mechanism != "gaussian" for release in releases)
+
+
+def _account(unit: Unit, relation: Relation, events: list[Event], delta: float) -> Account:
+    releases = _releases(events)
+    has_pld = all(release.mechanism != "fixed" for release in releases)
+    replaced = _unsampled_epsilon(_releases(events, noise_factor=0.5), delta) if relation == "zero_out" else None
+    return Account(
+        unit=unit,
+        relation=relation,
+        delta=delta,
+        epsilon_pld=_pld_epsilon(releases, delta, None) if has_pld else None,
+        epsilon_rdp=_rdp_epsilon(releases, delta),
+        epsilon_without_amplification=_unsampled_epsilon(releases, delta),
+        epsilon_replace_one=replaced,
+        events=merge(events),
+    )
+
+
+# The closed form.
+
+
+def _unsampled_epsilon(releases: Iterable[_Release], delta: float) -> float:
+    """Composed Gaussians are one Gaussian: the squares of 1 / noise add up."""
+    mu_squared = 0.0
+    for release in releases:
+        if release.noise_multiplier == 0:
+            return math.inf
+        mu_squared += release.times / release.noise_multiplier / release.noise_multiplier
+    return _gaussian_epsilon(math.sqrt(mu_squared), delta)
+
+
+def _mills(x: float) -> float:
+    """The upper tail of the standard normal at x >= 0, divided by its density there."""
+    if x < 5:
+        return math.sqrt(math.pi / 2) * math.exp(x * x / 2) * math.erfc(x / math.sqrt(2))
+    fraction = x
+    for k in range(60, 0, -1):  # the continued fraction of Laplace; 60 terms are exact to rounding from x = 5 on
+        fraction = x + k / fraction
+    return 1 / fraction
+
+
+def _gaussian_delta(mu: float, candidate: float) -> float:
+    """The delta of a Gaussian mechanism with sensitivity over noise `mu`, at epsilon `candidate`.
+
+    Phi(-a) - e^epsilon Phi(-b) with a, b = epsilon/mu -+ mu/2. The two densities differ by exactly e^epsilon, so the
+    product is written with the density at a: nothing overflows.
+    """
+    a = candidate / mu - mu / 2
+    b = candidate / mu + mu / 2
+    density = math.exp(-a * a / 2) / math.sqrt(2 * math.pi)
+    tail = density * _mills(a) if a >= 0 else math.erfc(a / math.sqrt(2)) / 2
+    return tail - density * _mills(b)
+
+
+def _gaussian_epsilon(mu: float, delta: float) -> float:
+    if mu == 0 or math.erf(mu / math.sqrt(8)) <= delta:  # the total variation distance is delta at epsilon 0
+        return 0.0
+    if not math.isfinite(mu * mu):
+        return math.inf
+    low, high = 0.0, max(1.0, mu * mu)
+    while _gaussian_delta(mu, high) > delta:
+        low, high = high, 2 * high
+    while high - low > 1e-13 * high:
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        if _gaussian_delta(mu, middle) > delta:
+            low = middle
+        else:
+            high = middle
+    return high  # the side that satisfies delta
+
+
+# Renyi differential privacy.
+
+_ROUNDING = 1e-12  # of the logarithm of a sum of up to a thousand terms, with room to spare
+
+
+@contextlib.contextmanager
+def _quiet_accountant() -> Iterator[Any]:
+    """Gives dp_accounting, and drops what it logs while the block runs (thousands of lines on unusual orders)."""
+    import dp_accounting
+
+    def from_elsewhere(record: logging.LogRecord) -> bool:
+        return "dp_accounting" not in record.pathname
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(from_elsewhere)
+    try:
+        yield dp_accounting
+    finally:
+        logger.removeFilter(from_elsewhere)
+
+
+@functools.lru_cache(maxsize=256)
+def _rdp_of_one(release: _Release) -> tuple[Any, Any]:
+    """The Renyi orders, and the divergence of one such release at each; infinite where it could not be computed."""
+    import numpy as np
+
+    with _quiet_accountant() as dp_accounting:
+        event = dp_accounting.GaussianDpEvent(release.noise_multiplier)
+        relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+        if release.mechanism == "poisson":
+            event = dp_accounting.PoissonSampledDpEvent(release.sampling_probability, event)
+        elif release.mechanism == "fixed":
+            event = dp_accounting.SampledWithoutReplacementDpEvent(release.population, release.cohort_size, event)
+            relation = dp_accounting.NeighboringRelation.REPLACE_ONE
+        divergences = []
+        orders = dp_accounting.rdp.RdpAccountant(None, relation).orders
+        with np.errstate(all="ignore"):
+            for order in orders:
+                try:
+                    divergence = dp_accounting.rdp.RdpAccountant([order], relation).compose(event).rdp[0]
+                except (ValueError, OverflowError, ZeroDivisionError):  # an order that floating point cannot reach
+                    divergence = math.inf
+                if release.mechanism != "gaussian":
+                    # These are logarithms of sums close to 1: what rounding may have taken away is given back, and
+                    # an order below zero, which would count as perfect privacy, is not used.
+                    divergence = divergence + _ROUNDING / (order - 1) if divergence >= 0 else math.inf
+                divergences.append(divergence)
+    return orders, np.array(divergences)
+
+
+@functools.lru_cache(maxsize=1024)
+def _rdp_epsilon(releases: tuple[_Release, ...], delta: float) -> float:
+    """Divergences add up over releases; the best order gives epsilon.
+
+    Source: Canonne, Kamath, Steinke 2020, "The Discrete Gaussian for Differential Privacy", Proposition 12.
+    """
+    if not releases:
+        return 0.0
+    if any(release.noise_multiplier == 0 for release in releases):
+        return math.inf
+    total: Any = 0.0
+    for release in releases:
+        orders, divergences = _rdp_of_one(release._replace(times=1))
+        total = total + release.times * divergences
+    usable = [i for i, divergence in enumerate(total) if math.isfinite(divergence)]
+    if not usable:
+        return math.inf
+    with _quiet_accountant() as dp_accounting:
+        return float(dp_accounting.rdp.compute_epsilon(orders[usable], total[usable], delta)[0])
+
+
+# Privacy loss distributions.
+
+_MOST_CELLS = 500_000  # of a grid of losses; one evaluation then takes about a second at most
+_TAIL = 1e-22  # the mass that PLD's own truncation leaves out, about e^-50
+
+
+@functools.lru_cache(maxsize=8)
+def _loss_of_one(noise_multiplier: float, sampling_probability: float, interval: float) -> Any:
+    """The privacy loss distribution of one release, rounded to the side of more loss."""
+    from dp_accounting.pld import privacy_loss_distribution
+
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        standard_deviation=noise_multiplier,
+        value_discretization_interval=interval,
+        sampling_prob=sampling_probability,
+    )
+
+
+def _default_interval(releases: tuple[_Release, ...]) -> float:
+    """1e-4, doubled until the largest losses that matter fit into `_MOST_CELLS` cells."""
+    least_noise = min(release.noise_multiplier for release in releases)
+    of_one = 10 / least_noise + 0.5 / least_noise**2
+    largest = max(of_one, _rdp_epsilon(releases, _TAIL))
+    if not math.isfinite(largest):
+        largest = of_one + _unsampled_epsilon(releases, _TAIL)
+    doublings = max(0, math.ceil(math.log2(largest / DEFAULT_DISCRETIZATION / _MOST_CELLS)))
+    return DEFAULT_DISCRETIZATION * 2**doublings
+
+
+def _coarse_epsilon(releases: tuple[_Release, ...], delta: float) -> float:
+    """A quick look, for the searches: ten times the default grid."""
+    return _pld_epsilon(releases, delta, 10 * _default_interval(releases) if _is_sampled(releases) else None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _pld_epsilon(releases: tuple[_Release, ...], delta: float, interval: float | None) -> float:
+    if any(release.mechanism == "fixed" for release in releases):
+        raise UnsupportedEventError(
+            "accountant='pld' has no bound for fixed-size cohorts drawn without replacement: use accountant='rdp', or "
+            "Poisson sampling."
+        )
+    # Sampling never costs privacy, so the unsampled figure is a bound too: all there is to say where nothing is
+    # sampled, and a way out where the grid or the tails give up (losses in the thousands, delta below 1e-14).
+    bound = _unsampled_epsilon(releases, delta)
+    if not _is_sampled(releases) or math.isinf(bound):
+        return bound
+    interval = interval or _default_interval(releases)
+    total = None
+    with _quiet_accountant():
+        for release in releases:
+            if release.mechanism == "gaussian":
+                composed = _loss_of_one(release.noise_multiplier / math.sqrt(release.times), 1.0, interval)
+            else:
+                one = _loss_of_one(release.noise_multiplier, release.sampling_probability, interval)
+                composed = one.self_compose(release.times)
+            total = composed if total is None else total.compose(composed)
+        assert total is not None
+        return min(bound, float(total.get_epsilon_for_delta(delta)))
+
+
+# Searches. Both keep a side that was accounted and found within the target, and only ever return that side.
+
+_LEAST_NOISE, _MOST_NOISE = 1e-3, 1e7
+_NOISE_TOLERANCE = 1e-4  # relative
+_FAR = 50.0  # stands for an infinitely bad or good fit, so that the searches can interpolate
+
+
+def _excess(spent: float, target: float) -> float:
+    """log(spent / target), kept finite: positive exactly when the target is passed."""
+    if spent > target:
+        return max(min(_FAR, math.log(spent / target)), 1e-300)
+    return max(-_FAR, math.log(spent / target)) if spent > 0 else -_FAR
+
+
+class _Bracket(NamedTuple):
+    """Two noise multipliers with the answer between them, and by how much each misses or meets the target."""
+
+    too_small: float
+    too_small_excess: float
+    feasible: float
+    feasible_excess: float
+
+
+def _bracket_noise(excess: Callable[[float], float], start: float, stride: float) -> _Bracket | None:
+    """Walks from `start` in growing strides until the target lies between two neighbours; None if it never does."""
+    noise, miss = start, excess(start)
+    upwards = miss > 0
+    while True:
+        following = noise * stride if upwards else noise / stride
+        if not _LEAST_NOISE <= following <= _MOST_NOISE:
+            return None
+        following_miss = excess(following)
+        if upwards and following_miss <= 0:
+            return _Bracket(noise, miss, following, following_miss)
+        if not upwards and following_miss > 0:
+            return _Bracket(following, following_miss, noise, miss)
+        noise, miss, stride = following, following_miss, stride**2
+
+
+def _narrow_noise(excess: Callable[[float], float], bracket: _Bracket) -> _Bracket:
+    """Regula falsi on log(noise), Illinois variant, until the bracket is `_NOISE_TOLERANCE` wide."""
+    weight_small = weight_feasible = 1.0
+    for _ in range(200):
+        width = math.log(bracket.feasible / bracket.too_small)
+        if width <= _NOISE_TOLERANCE:
+            break
+        over, under = weight_small * bracket.too_small_excess, -weight_feasible * bracket.feasible_excess
+        share = over / (over + under) if over + under > 0 else 0.5
+        # Aim half a tolerance past the root, so that the two last points close the bracket from both sides.
+        step = min(max(share * width, 0.4 * _NOISE_TOLERANCE), width - 0.4 * _NOISE_TOLERANCE)
+        noise = bracket.too_small * math.exp(step)
+        miss = excess(noise)
+        if miss > 0:
+            bracket = bracket._replace(too_small=noise, too_small_excess=miss)
+            weight_small, weight_feasible = 1.0, weight_feasible / 2
+        else:
+            bracket = bracket._replace(feasible=noise, feasible_excess=miss)
+            weight_small, weight_feasible = weight_small / 2, 1.0
+    return bracket
+
+
+def _pass_length(event: Event) -> int:
+    """Releases in one pass of a shuffled event, and 1 for any other: what `_repeat` repeats."""
+    if event.sampler != "shuffled":
+        return 1
+    if event.participations == 0:
+        raise InvalidArgumentError("a shuffled event with participations=0 has no pass to repeat: give one whole pass.")
+    return event.count // event.participations
+
+
+def _repeat(event: Event, units: int) -> Event:
+    if event.sampler != "shuffled":
+        return event.with_count(units)
+    return dataclasses.replace(event, count=units * _pass_length(event), participations=units)
+
+
+def _largest_count(excess: Callable[[int], float], start: int, most: int) -> int:
+    """The largest n in [0, most] with excess(n) <= 0, given that n = 0 satisfies it and excess grows with n."""
+    low, low_miss, high, high_miss = 0, -_FAR, most + 1, _FAR
+    guess = min(start, most)
+    stride = 1.05
+    while high - low > 1:
+        miss = excess(guess)
+        if miss <= 0:
+            low, low_miss = guess, miss
+        else:
+            high, high_miss = guess, miss
+        if low == 0:
+            guess = high // 2
+        elif high == most + 1:
+            guess, stride = math.ceil(low * stride) + 1, stride**2
+        else:
+            # Epsilon is close to a power of n: interpolate logarithms, and keep off the ends so that it halves soon.
+            share = min(max(low_miss / (low_miss - high_miss), 0.02), 0.98)
+            guess = round(low * (high / low) ** share)
+        guess = min(max(guess, low + 1), high - 1)
+    return low

@@ -1,0 +1,647 @@
+"""The ledger: an append-only, crash-safe record of every release that a run made.
+
+A release is written down before it happens. `Ledger.reserve` returns when the record is on the disk, so a crash, a
+kill -9 or a full disk can make the ledger count a release that never ran, and never miss one that did. `settle` then
+says what really ran, and `events` is what epsilon is computed from.
+
+Two files lie in the run's folder. `ledger.jsonl` holds one JSON record per line, each with the SHA-256 of the line
+before it. `ledger.head.json` holds the number of records and the SHA-256 of the last; it is replaced in one step, and
+is on the disk before `reserve` returns. With n the number in the head:
+
+- fewer than n whole records: the tail was cut, the ledger is damaged;
+- record n + 1 is whole: the writer died between record and head. It counts: at worst a block too many;
+- what follows the last whole record is not one: the writer died while writing it. It is dropped, which is safe only
+  because `reserve` had not returned, so its block never ran. Had the block run, the head would say n + 1;
+- anything more after record n, or a hash that does not match: damaged.
+
+Accidents and casual edits are found; an owner who rewrites both files, or deletes both, is not. The ledger holds
+public facts only, and knows neither TensorFlow nor epsilon.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import threading
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from numbers import Integral, Real
+from typing import Any
+
+from tfprivacy_ft import _check
+from tfprivacy_ft.errors import InvalidArgumentError, LedgerDamagedError, LedgerError, LedgerLockedError
+from tfprivacy_ft.events import Event, merge
+
+FILE_NAME = "ledger.jsonl"
+HEAD_NAME = "ledger.head.json"
+FORMAT_VERSION = 1
+
+_GENESIS = "0" * 64  # what the first record names as the hash of the record before it
+
+__all__ = ["FILE_NAME", "FORMAT_VERSION", "HEAD_NAME", "Ledger", "LedgerContents", "Note", "read"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """A release without noise: what kind, and one sentence on what it shows."""
+
+    kind: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LedgerContents:
+    """What a ledger says, read without writing to it.
+
+    Args:
+      path: the ledger file.
+      delta: the delta chosen for the run; None if none was.
+      facts: public facts on the run, such as its model and data set.
+      events: what was released: settled events, and reservations never settled in full; equal ones merged.
+      notes: releases without noise.
+      unsettled: how many reservations were never settled.
+      openings: how often the ledger was opened for writing.
+    """
+
+    path: pathlib.Path
+    delta: float | None
+    facts: dict[str, Any]
+    events: tuple[Event, ...]
+    notes: tuple[Note, ...]
+    unsettled: int
+    openings: int
+
+
+def read(path: str | os.PathLike[str]) -> LedgerContents:
+    """Reads and verifies a ledger, also while a run is writing it.
+
+    Args:
+      path: the run's folder, or the ledger file in it.
+
+    Returns:
+      What it says.
+
+    Raises:
+      LedgerDamagedError: a record or the head is missing, cut, changed or not readable; the text says which.
+      LedgerError: there is no ledger, or it cannot be opened.
+
+    Example:
+      >>> import tempfile
+      >>> folder = tempfile.mkdtemp()
+      >>> with Ledger.open(folder, delta=1e-5) as ledger:
+      ...     reservation = ledger.reserve(Event.unknown(count=10, noise_multiplier=1.0))
+      >>> read(folder).events[0].count
+      10
+    """
+    file = pathlib.Path(path)
+    if not file.is_file() and file.name != FILE_NAME:
+        file = file / FILE_NAME
+    state = _verified_snapshot(file)
+    return LedgerContents(
+        path=file,
+        delta=state.delta,
+        facts=dict(state.facts),
+        events=tuple(state.events()),
+        notes=tuple(state.notes),
+        unsettled=len(state.outstanding),
+        openings=state.openings,
+    )
+
+
+class Ledger:
+    """One run's record of what it released: reserve, run, settle.
+
+    Made by `Ledger.open` (on disk) or `Ledger.in_memory` (same interface, no promise across a crash). May be used
+    from several threads. After a failed write it refuses to go on; what is on the disk then counts in full.
+    """
+
+    def __init__(self, state: "_State", journal: "_Journal | None"):
+        self._state = state
+        self._journal = journal
+        self._lock = threading.RLock()
+        self._next_sequence = state.records + 1
+        self._refusal: str | None = None
+
+    @classmethod
+    def open(
+        cls,
+        path_dir: str | os.PathLike[str],
+        *,
+        delta: float | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> "Ledger":
+        """Creates the ledger of a run, or continues it; until it is closed nobody else can write it.
+
+        Args:
+          path_dir: the run's folder; made if it is not there.
+          delta: in (0, 1); None keeps the recorded one.
+          facts: public facts on the run that JSON can hold; added to the recorded ones.
+
+        Returns:
+          The open ledger: a context manager.
+
+        Raises:
+          InvalidArgumentError: delta is outside its range, or the facts are not JSON.
+          LedgerLockedError: somebody else is writing this ledger.
+          LedgerDamagedError: the ledger that is there cannot be trusted.
+          LedgerError: the files cannot be created or written.
+        """
+        opening = _opening(delta, facts)
+        journal = _Journal(pathlib.Path(path_dir))
+        try:
+            ledger = cls(journal.state, journal)
+            ledger._append("open", {**opening, "dropped_bytes": journal.dropped_bytes})
+        except BaseException:
+            journal.close()
+            raise
+        return ledger
+
+    @classmethod
+    def in_memory(cls, *, delta: float | None = None, facts: Mapping[str, Any] | None = None) -> "Ledger":
+        """A ledger that lives and dies with this process.
+
+        Example:
+          >>> ledger = Ledger.in_memory(delta=1e-5)
+          >>> reservation = ledger.reserve(Event.unknown(count=10, noise_multiplier=1.0))
+          >>> ledger.settle([reservation], Event.unknown(count=7, noise_multiplier=1.0))
+          >>> ledger.events()[0].count
+          7
+        """
+        ledger = cls(_State(), None)
+        ledger._append("open", _opening(delta, facts))
+        return ledger
+
+    def reserve(self, event: Event) -> int:
+        """Writes down releases before they happen; they may run as soon as this returns.
+
+        Args:
+          event: the block about to run.
+
+        Returns:
+          The number of the reservation, for `settle`.
+
+        Raises:
+          LedgerError: the record could not be made durable; the block must not run.
+          InvalidArgumentError: `event` is not an event.
+        """
+        _check_event(event)
+        return self._append("reserve", {"event": event.to_dict()})
+
+    def settle(self, reservations: Sequence[int], event: Event | None) -> None:
+        """Says what really ran in place of these reservations.
+
+        Args:
+          reservations: numbers that `reserve` returned, each open and named once.
+          event: what ran: of the unit that was reserved, no more releases or participations than were reserved
+            together, no more noise than any of them, and no amplification by sampling that was not reserved. None:
+            nothing ran.
+
+        Raises:
+          InvalidArgumentError: a reservation is not open, or the event claims what was not reserved.
+          LedgerError: the record could not be written; the reservations then count in full.
+        """
+        with self._lock:
+            numbers = self._check_reservations(reservations)
+            if event is not None:
+                self._check_settlement([self._state.outstanding[number] for number in numbers], event)
+            self._append("settle", {"reservations": numbers, "event": None if event is None else event.to_dict()})
+
+    def note(self, kind: str, text: str) -> None:
+        """Records a release without noise, such as training metrics; a note already there is not repeated.
+
+        Args:
+          kind: what it is, in a word or two.
+          text: one sentence on what it shows.
+
+        Raises:
+          LedgerError: the record could not be written.
+        """
+        with self._lock:
+            if Note(kind, text) not in self._state.notes:
+                self._append("note", {"note": kind, "text": text})
+
+    def events(self) -> list[Event]:
+        """What was released: settled events, and open reservations in full; equal events are merged."""
+        with self._lock:
+            return self._state.events()
+
+    def notes(self) -> list[Note]:
+        """The releases without noise, each once, in the order they were noted."""
+        with self._lock:
+            return list(self._state.notes)
+
+    @property
+    def delta(self) -> float | None:
+        """The delta chosen for the run; None if none was."""
+        return self._state.delta
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Public facts on the run."""
+        return dict(self._state.facts)
+
+    @property
+    def path(self) -> pathlib.Path | None:
+        """The ledger file; None in memory."""
+        return self._journal.file if self._journal else None
+
+    def close(self) -> None:
+        """Gives the ledger free for other writers; closing twice is allowed."""
+        with self._lock:
+            self._refusal = self._refusal or "it is closed: open it again"
+            if self._journal is not None:
+                self._journal.close()
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _check_reservations(self, reservations: Sequence[int]) -> list[int]:
+        numbers = [int(number) for number in reservations if isinstance(number, Integral)]
+        is_open = all(number in self._state.outstanding for number in numbers)
+        if not numbers or not is_open or len(set(numbers)) < len(reservations):
+            raise InvalidArgumentError(
+                f"reservations={list(reservations)} is not allowed: give numbers that `reserve` returned and that are "
+                "not settled yet, each once."
+            )
+        return numbers
+
+    def _check_settlement(self, reserved: list[Event], event: Event) -> None:
+        """Afterwards a run may own up to less privacy per release, never claim more than it reserved."""
+        _check_event(event)
+        if any(one.unit != event.unit for one in reserved):
+            raise InvalidArgumentError(
+                f"unit={event.unit!r} was not reserved: settle with the unit of the reservation."
+            )
+        if event.sampler in ("poisson", "fixed") and any(_sampling(one) != _sampling(event) for one in reserved):
+            raise InvalidArgumentError(
+                f"sampler={event.sampler!r} was not reserved like this: amplification by sampling has to be reserved "
+                "with the same sampler and the same rate."
+            )
+        _check.at_most("reserved", sum(one.count for one in reserved), count=event.count)
+        participations = sum(one.participations for one in reserved)
+        _check.at_most("reserved", participations, participations=event.participations)
+        noise = min(one.noise_multiplier for one in reserved)
+        _check.at_most("reserved", noise, noise_multiplier=event.noise_multiplier)
+
+    def _append(self, kind: str, body: dict[str, Any]) -> int:
+        """Writes one record, then believes it; the number of the record."""
+        with self._lock:
+            if self._refusal is not None:
+                raise LedgerError(f"the ledger takes no more records because {self._refusal}.")
+            record = {
+                "format": FORMAT_VERSION,
+                "sequence": self._next_sequence,
+                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+                "kind": kind,
+                **body,
+                "previous": self._state.last_hash,
+            }
+            line = _to_line(record)
+            if self._journal is not None:
+                try:
+                    self._journal.append(line)
+                except BaseException as error:
+                    # Whatever reached the disk, this process no longer knows where the file ends.
+                    self._refusal = (
+                        f"writing {self._journal.file} failed ({error!r}): close it, see that the disk has room, and "
+                        "open it again"
+                    )
+                    if isinstance(error, OSError):
+                        raise LedgerError(f"the ledger takes no more records because {self._refusal}.") from error
+                    raise
+            self._state.apply(record, line)
+            self._next_sequence += 1
+            return record["sequence"]
+
+
+# What the records say.
+
+
+class _State:
+    """The sum of the records so far; the same for a ledger on disk, in memory, and one only read."""
+
+    def __init__(self) -> None:
+        self.records = 0
+        self.last_hash = _GENESIS
+        self.delta: float | None = None
+        self.facts: dict[str, Any] = {}
+        self.notes: list[Note] = []
+        self.outstanding: dict[int, Event] = {}
+        self.openings = 0
+        self._settled: tuple[Event, ...] = ()
+        self._events: list[Event] | None = None  # kept between records, since a progress bar asks after every step
+
+    def apply(self, record: Mapping[str, Any], line: bytes) -> None:
+        """Takes in one record. KeyError, TypeError or ValueError mean that it makes no sense here."""
+        kind = record["kind"]
+        if kind == "open":
+            self._open(record)
+        elif kind == "reserve":
+            self.outstanding[record["sequence"]] = Event(**record["event"])
+        elif kind == "settle":
+            event = None if record["event"] is None else Event(**record["event"])
+            for number in record["reservations"]:
+                del self.outstanding[number]
+            if event is not None and event.count > 0:
+                self._settled = merge([*self._settled, event])
+        elif kind == "note":
+            self.notes.append(Note(record["note"], record["text"]))
+        else:
+            raise ValueError(f"kind {kind!r} is unknown")
+        self.records += 1
+        self.last_hash = _hash(line)
+        self._events = None
+
+    def _open(self, record: Mapping[str, Any]) -> None:
+        self.openings += 1
+        if record["delta"] is not None:
+            _check.open_unit_interval(delta=record["delta"])
+            self.delta = record["delta"]
+        self.facts.update(record["facts"])
+
+    def events(self) -> list[Event]:
+        if self._events is None:
+            everything = merge([*self._settled, *self.outstanding.values()])
+            self._events = [event for event in everything if event.count > 0]
+        return list(self._events)
+
+
+def _opening(delta: float | None, facts: Mapping[str, Any] | None) -> dict[str, Any]:
+    if delta is not None:
+        _check.open_unit_interval(delta=delta)
+    try:
+        plain = json.loads(_to_json(dict(facts or {})))
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(
+            f"facts={facts!r} is not allowed: give a dictionary of text, finite numbers, lists and dictionaries."
+        ) from error
+    return {"delta": delta, "facts": plain, "software": _software()}
+
+
+def _software() -> dict[str, str]:
+    """Versions worth recording, asked of the package metadata: importing TensorFlow takes seconds."""
+    versions = {"python": platform.python_version()}
+    for package in ("tfprivacy-ft", "tensorflow", "keras", "dp-accounting"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    if "tfprivacy-ft" not in versions:
+        from tfprivacy_ft import __version__  # running from a source tree
+
+        versions["tfprivacy-ft"] = __version__
+    return versions
+
+
+def _sampling(event: Event) -> tuple[Any, ...]:
+    """What amplification rests on."""
+    if event.sampler == "fixed":
+        return event.sampler, event.cohort_size, event.population
+    return event.sampler, event.sampling_probability
+
+
+def _check_event(event: Any) -> None:
+    if not isinstance(event, Event):
+        raise InvalidArgumentError(f"event={event!r} is not allowed: give an `Event`.")
+
+
+# Bytes.
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of NumPy as numbers of Python."""
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    raise TypeError(f"{value!r} is not JSON")
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, default=_plain, allow_nan=False)
+
+
+def _to_line(record: Mapping[str, Any]) -> bytes:
+    return _to_json(record).encode() + b"\n"
+
+
+def _hash(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Head:
+    records: int = 0
+    last_hash: str = _GENESIS
+
+
+def _parse_head(data: bytes, file: pathlib.Path) -> _Head:
+    try:
+        fields = json.loads(data)
+        head = _Head(fields["records"], fields["hash"])
+        if fields["format"] != FORMAT_VERSION or not isinstance(head.records, int):
+            raise ValueError(f"format {fields['format']!r} is not {FORMAT_VERSION}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise LedgerDamagedError(
+            f"{file.with_name(HEAD_NAME)} cannot be read ({error!r}), so nobody can tell whether records of {file} are "
+            "missing: restore both from a backup, or start a new run folder."
+        ) from error
+    return head
+
+
+def _parse_record(line: bytes, state: _State, file: pathlib.Path) -> dict[str, Any]:
+    """The next record of `state`, not applied yet."""
+    number = state.records + 1
+    try:
+        record = json.loads(line)
+        if record["format"] != FORMAT_VERSION:
+            raise ValueError(f"its format is {record['format']!r}, and this version reads {FORMAT_VERSION}")
+        if record["sequence"] != number:
+            raise ValueError(f"it calls itself record {record['sequence']!r}")
+        if record["previous"] != state.last_hash:
+            raise ValueError("it does not carry the hash of the record before it")
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(file, number, str(error)) from error
+    return record
+
+
+def _damaged(file: pathlib.Path, number: int, what: str) -> LedgerDamagedError:
+    return LedgerDamagedError(
+        f"{file} is damaged at record {number}: {what}; restore the folder from a backup, or start a new one and count "
+        "this run as spent."
+    )
+
+
+def _verify(data: bytes, head: _Head, file: pathlib.Path) -> tuple[_State, int]:
+    """The state that the bytes of a ledger describe, and how many of them are whole records.
+
+    See the top of this module for what is damage, what counts, and what is dropped.
+    """
+    state = _State()
+    *lines, tail = data.split(b"\n")
+    whole = [line + b"\n" for line in lines]
+    if len(whole) < head.records:
+        raise _damaged(
+            file, len(whole) + 1, f"it is missing or cut, and {HEAD_NAME} says that there were {head.records} records"
+        )
+    extra = len(whole) - head.records
+    if extra > 1 or (extra == 1 and tail):
+        raise _damaged(file, head.records + 2, f"{HEAD_NAME} says that there were only {head.records} records")
+    length = 0
+    for line in whole:
+        try:
+            record = _parse_record(line, state, file)
+            state.apply(record, line)
+        except LedgerDamagedError:
+            if state.records == head.records:
+                break  # the record that was being written: its block never ran
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(file, state.records + 1, f"it makes no sense ({error!r})") from error
+        length += len(line)
+        if state.records == head.records and state.last_hash != head.last_hash:
+            raise _damaged(file, state.records, f"its hash is not the one in {HEAD_NAME}")
+    return state, length
+
+
+def _verified_snapshot(file: pathlib.Path) -> _State:
+    """Head, then ledger, without a lock: a writer may come in between, so a bad fit is looked at again."""
+    head_file = file.with_name(HEAD_NAME)
+    for _ in range(50):
+        head_bytes = _read_bytes(head_file)
+        data = _read_bytes(file)
+        if data is None and head_bytes is None:
+            raise LedgerError(f"there is no ledger at {file}: give the folder of a run.")
+        try:
+            return _verify_pair(data, head_bytes, file)[0]
+        except LedgerDamagedError:
+            if _read_bytes(head_file) == head_bytes:
+                raise
+    raise LedgerError(f"{file} is being written faster than it can be read: try again later.")
+
+
+def _verify_pair(data: bytes | None, head_bytes: bytes | None, file: pathlib.Path) -> tuple[_State, int]:
+    """`_verify` for files that may be missing (None)."""
+    if head_bytes is None:
+        if not data:
+            return _State(), 0  # nothing was ever recorded
+        raise LedgerDamagedError(
+            f"{file.with_name(HEAD_NAME)} is missing, so nobody can tell whether records of {file} were cut off: "
+            "restore it from a backup, or start a new run folder."
+        )
+    return _verify(data or b"", _parse_head(head_bytes, file), file)
+
+
+def _read_bytes(file: pathlib.Path) -> bytes | None:
+    """The whole file; None if it is not there."""
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise LedgerError(f"{file} cannot be read: {error}.") from error
+
+
+class _Journal:
+    """The two files and the lock: bytes in, bytes durable. Knows what a record is only while it opens."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.file = folder / FILE_NAME
+        self._head_file = folder / HEAD_NAME
+        self._process = os.getpid()
+        self._descriptor: int | None = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _fsync_folder(folder.parent)
+            self._descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            _lock(self._descriptor, self.file)
+            self._recover()
+        except OSError as error:
+            self.close()
+            raise LedgerError(f"{self.file} cannot be opened for writing: {error}.") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _recover(self) -> None:
+        assert self._descriptor is not None
+        data = _read_bytes(self.file) or b""
+        head_bytes = _read_bytes(self._head_file)
+        self.state, length = _verify_pair(data, head_bytes, self.file)
+        self.dropped_bytes = len(data) - length
+        if self.dropped_bytes:
+            os.ftruncate(self._descriptor, length)
+        self._records, self._length = self.state.records, length
+        # The first head is there before the first record: a ledger without a head has always lost it.
+        self._write_head(_Head(self.state.records, self.state.last_hash))
+
+    def append(self, line: bytes) -> None:
+        """Returns when the record and the head that counts it are both on the disk."""
+        if self._descriptor is None:
+            raise OSError("the file is closed")
+        if os.getpid() != self._process:
+            raise OSError("this is a fork of the process that opened it")
+        try:
+            _write_all(self._descriptor, line)
+            os.fsync(self._descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):  # not needed: an uncounted tail is dropped when the ledger is continued
+                os.ftruncate(self._descriptor, self._length)
+            raise
+        self._records, self._length = self._records + 1, self._length + len(line)
+        self._write_head(_Head(self._records, _hash(line)))
+
+    def _write_head(self, head: _Head) -> None:
+        """Old head or new head, never half of one: write aside, then rename; each step on the disk before the next."""
+        aside = self._head_file.with_name(HEAD_NAME + ".new")
+        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            fields = {"format": FORMAT_VERSION, "records": head.records, "hash": head.last_hash}
+            _write_all(descriptor, _to_json(fields).encode() + b"\n")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(aside, self._head_file)
+        _fsync_folder(self._head_file.parent)
+
+    def close(self) -> None:
+        if self._descriptor is not None and os.getpid() == self._process:
+            _unlock(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _fsync_folder(folder: pathlib.Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, file: pathlib.Path) -> None:
+    import fcntl  # not on every system, and reading a ledger works without
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise LedgerLockedError(
+            f"{file} is being written by another run: wait for it to end, or use another run folder."
+        ) from error
+
+
+def _unlock(descriptor: int) -> None:
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # now, even if a forked child still holds the file open
