@@ -7,7 +7,9 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.framework import ops
 
-keras = tf.keras
+from tfprivacy_ft.errors import RawGradientsError, UnsupportedModelError
+
+keras: Any = tf.keras
 IS_KERAS_3 = int(importlib.metadata.version("keras").partition(".")[0]) >= 3
 
 
@@ -30,7 +32,7 @@ def fit_arguments(model: Any) -> dict[str, Any] | None:
     Keras tells its callbacks neither the data nor the batch size. The public parameters of `fit` are read from its
     frame; where that fails nothing is known, which the accounts take for the worst case.
     """
-    frame = sys._getframe(1)
+    frame: Any = sys._getframe(1)
     while frame is not None:
         if (
             frame.f_code.co_name == "fit"
@@ -40,6 +42,13 @@ def fit_arguments(model: Any) -> dict[str, Any] | None:
             return {name: frame.f_locals.get(name) for name in ("x", "y", "batch_size", "steps_per_epoch", "shuffle")}
         frame = frame.f_back
     return None
+
+
+def steps_per_execution(model: Any) -> int:
+    """How many steps the model's training function runs at once."""
+    public = getattr(model, "steps_per_execution", None)
+    value = getattr(model, "_steps_per_execution", None) if public is None else public
+    return 1 if value is None else int(value)
 
 
 def is_swish(op: tf.Operation) -> bool:
@@ -56,3 +65,62 @@ def is_swish(op: tf.Operation) -> bool:
             return False
         function = cells[name].cell_contents
     return f"{function.__module__}.{function.__qualname__}".startswith("tensorflow.python.ops.nn_impl.swish.")
+
+
+_Mixin: Any = object  # stands for the Keras optimizer class that a hook is mixed into
+
+
+class _Keras2Hook(_Mixin):
+    """Keras 2.14 hands the loss to `compute_gradients`, and its result to `apply_gradients`."""
+
+    def compute_gradients(self, loss, var_list, tape=None):
+        """Private gradients of `loss` for `var_list`, as pairs (gradient, variable)."""
+        if callable(loss):
+            raise UnsupportedModelError("the loss is a function: give a loss tensor computed inside a tf.function.")
+        variables = list(var_list() if callable(var_list) else var_list)
+        self._made = list(zip(self.private_gradients(loss, variables), variables, strict=True))
+        return self._made
+
+    def apply_gradients(self, grads_and_vars, name=None, **kwargs):
+        """Applies gradients that `compute_gradients` made, and no others."""
+        pairs, made = list(grads_and_vars), getattr(self, "_made", [])
+        self._made = []
+        if len(pairs) != len(made) or any(g is not m for (g, _), (m, _) in zip(pairs, made, strict=True)):
+            raise _raw_gradients()
+        with tf.init_scope():
+            self.build([v for _, v in pairs])
+        update = super().apply_gradients
+        self.mechanism.guard.run(lambda: update(pairs, name=name, **kwargs))
+        return self.iterations
+
+
+class _Keras3Hook(_Mixin):
+    """Keras 3 shows the loss to `scale_loss`, and calls `apply` with gradients that are not used here."""
+
+    def scale_loss(self, loss):
+        """Remembers the traced loss of this step."""
+        self._loss = loss
+        return super().scale_loss(loss)
+
+    def apply(self, grads, trainable_variables=None):
+        """Applies the private gradients of the loss that was shown to `scale_loss`; `grads` is not looked at."""
+        loss, self._loss = getattr(self, "_loss", None), None
+        if loss is None:
+            raise _raw_gradients()
+        variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
+        private = self.private_gradients(loss, [getattr(v, "value", v) for v in variables])
+        if not self.built:
+            with tf.init_scope():
+                self.build(variables)
+        update = super().apply
+        self.mechanism.guard.run(lambda: update(private, variables))
+
+
+OptimizerHook = _Keras3Hook if IS_KERAS_3 else _Keras2Hook
+
+
+def _raw_gradients() -> RawGradientsError:
+    return RawGradientsError(
+        "apply_gradients was given gradients that this DP optimizer did not clip and noise: train with model.fit or "
+        "train_on_batch, or call optimizer.minimize on a loss inside a tf.function."
+    )

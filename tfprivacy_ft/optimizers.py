@@ -17,9 +17,9 @@ import tensorflow as tf
 
 from tfprivacy_ft import _check
 from tfprivacy_ft.clipping import clipped_sum
-from tfprivacy_ft.errors import InvalidArgumentError, RawGradientsError, UnsupportedModelError
+from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedModelError
 from tfprivacy_ft.guard import StepGuard
-from tfprivacy_ft.keras_compat import IS_KERAS_3, keras
+from tfprivacy_ft.keras_compat import OptimizerHook, keras
 from tfprivacy_ft.noise import GaussianNoise
 
 
@@ -110,11 +110,11 @@ def make_dp_optimizer_class(base: type) -> type:
             f"{base!r} is not a Keras optimizer class: give a subclass of keras.optimizers.Optimizer (legacy ones do not "
             "work)."
         )
-    if issubclass(base, _DPOptimizer):
+    if issubclass(base, DPOptimizer):
         raise InvalidArgumentError(f"{base.__name__} is private already: use it as it is.")
     name = f"DPKeras{base.__name__}Optimizer"
     members = {"__doc__": _CLASS_DOC.format(base=base.__name__), "__module__": __name__}
-    made = type(name, (_HOOK, _DPOptimizer, base), members)
+    made = type(name, (OptimizerHook, DPOptimizer, base), members)
     return keras.utils.register_keras_serializable(package="tfprivacy_ft")(made)
 
 
@@ -137,7 +137,7 @@ _CLASS_DOC = """`{base}` on differentially private gradients.
     """
 
 
-class _DPOptimizer:
+class DPOptimizer:
     """What every DP optimizer has, whichever Keras it runs on."""
 
     def __init__(
@@ -186,73 +186,21 @@ class _DPOptimizer:
         """Clip, noise and step counter, for a plan to attach to."""
         return self._mechanism
 
+    def private_gradients(self, loss: tf.Tensor, variables: list[tf.Variable]) -> list[tf.Tensor]:
+        """The private gradients of a traced loss; what the hook of this Keras version asks for."""
+        self._mechanism.warn_without_plan()
+        return self._mechanism.gradients(loss, variables)
+
     def get_config(self) -> dict[str, Any]:
         """The arguments, so that a saved model can be compiled again."""
         expected = float(self.expected_batch_size.numpy())
         return {
-            **super().get_config(),
+            **super().get_config(),  # type: ignore[misc]  # of the Keras class that stands behind this one
             "l2_norm_clip": self.l2_norm_clip,
             "noise_multiplier": self.noise_multiplier,
             "expected_batch_size": expected or None,
         }
 
-
-def _refuse_raw_gradients() -> RawGradientsError:
-    return RawGradientsError(
-        "apply_gradients was given gradients that this DP optimizer did not clip and noise: train with model.fit or "
-        "train_on_batch, or call optimizer.minimize on a loss inside a tf.function."
-    )
-
-
-class _Keras2Hook:
-    """Keras 2.14 hands the loss to `compute_gradients`, and its result to `apply_gradients`."""
-
-    def compute_gradients(self, loss, var_list, tape=None):
-        """Private gradients of `loss` for `var_list`, as pairs (gradient, variable)."""
-        if callable(loss):
-            raise UnsupportedModelError("the loss is a function: give a loss tensor computed inside a tf.function.")
-        self._mechanism.warn_without_plan()
-        variables = list(var_list() if callable(var_list) else var_list)
-        self._made = list(zip(self._mechanism.gradients(loss, variables), variables, strict=True))
-        return self._made
-
-    def apply_gradients(self, grads_and_vars, name=None, **kwargs):
-        """Applies gradients that `compute_gradients` made, and no others."""
-        pairs, made = list(grads_and_vars), getattr(self, "_made", [])
-        self._made = []
-        if len(pairs) != len(made) or any(g is not m for (g, _), (m, _) in zip(pairs, made, strict=True)):
-            raise _refuse_raw_gradients()
-        with tf.init_scope():
-            self.build([v for _, v in pairs])
-        update = super().apply_gradients
-        self._mechanism.guard.run(lambda: update(pairs, name=name, **kwargs))
-        return self.iterations
-
-
-class _Keras3Hook:
-    """Keras 3 shows the loss to `scale_loss`, and calls `apply` with gradients that are not used here."""
-
-    def scale_loss(self, loss):
-        """Remembers the traced loss of this step."""
-        self._loss = loss
-        return super().scale_loss(loss)
-
-    def apply(self, grads, trainable_variables=None):
-        """Applies the private gradients of the loss that was shown to `scale_loss`; `grads` is not looked at."""
-        loss, self._loss = getattr(self, "_loss", None), None
-        if loss is None:
-            raise _refuse_raw_gradients()
-        self._mechanism.warn_without_plan()
-        variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
-        private = self._mechanism.gradients(loss, [getattr(v, "value", v) for v in variables])
-        if not self.built:
-            with tf.init_scope():
-                self.build(variables)
-        update = super().apply
-        self._mechanism.guard.run(lambda: update(private, variables))
-
-
-_HOOK = _Keras3Hook if IS_KERAS_3 else _Keras2Hook
 
 DPKerasSGDOptimizer = make_dp_optimizer_class(keras.optimizers.SGD)
 DPKerasAdamOptimizer = make_dp_optimizer_class(keras.optimizers.Adam)

@@ -14,9 +14,9 @@ class _BroadcastSite(UseSite):
 
     @classmethod
     def match(cls, meeting: Meeting) -> "UseSite | None":
-        rows = meeting.rows(meeting.output)
         weight = meeting.weight.shape
-        if meeting.op.type not in cls.kinds or rows is None or rows.axis != 0 or not weight.is_fully_defined():
+        known = meeting.batch_first(meeting.output) and weight.is_fully_defined()
+        if meeting.op.type not in cls.kinds or not known:
             return None
         rank = meeting.output.shape.rank
         if rank is None or (weight.rank == rank and weight[0] != 1):

@@ -18,10 +18,10 @@ class Conv2DSite(UseSite):
         op = meeting.op
         if op.type != "Conv2D" or meeting.index != 1 or op.get_attr("data_format") != b"NHWC":
             return None
-        rows, images = meeting.rows(meeting.other()), meeting.other().shape
+        images = meeting.other().shape
         known = images.rank == 4 and images[1:].is_fully_defined() and meeting.output.shape[1:].is_fully_defined()
         plain = list(op.get_attr("dilations")) == [1, 1, 1, 1] and op.get_attr("padding") in (b"SAME", b"VALID")
-        if not (rows and rows.axis == 0 and known and plain) or images[3] != meeting.weight.shape[2]:
+        if not (meeting.batch_first(meeting.other()) and known and plain) or images[3] != meeting.weight.shape[2]:
             return None
         return cls(meeting)
 

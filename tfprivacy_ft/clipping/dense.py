@@ -13,8 +13,7 @@ class MatMulSite(UseSite):
         op = meeting.op
         if op.type != "MatMul" or meeting.index != 1 or op.get_attr("transpose_a"):
             return None
-        rows = meeting.rows(meeting.other())
-        return cls(meeting) if rows and rows.axis == 0 else None
+        return cls(meeting) if meeting.batch_first(meeting.other()) else None
 
     def at(self, gradient: tf.Tensor, batch_size: tf.Tensor) -> Contribution:
         rows = self.meeting.rows(self.meeting.other())

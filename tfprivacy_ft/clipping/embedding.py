@@ -15,8 +15,7 @@ class EmbeddingSite(UseSite):
         op = meeting.op
         if op.type != "ResourceGather" or op.get_attr("batch_dims") or len(meeting.variable_shape) != 2:
             return None
-        rows = meeting.rows(op.inputs[1])
-        return cls(meeting) if rows and rows.axis == 0 else None
+        return cls(meeting) if meeting.batch_first(op.inputs[1]) else None
 
     def at(self, gradient: tf.Tensor, batch_size: tf.Tensor) -> Contribution:
         indices = tf.cast(self.meeting.op.inputs[1], tf.int32)

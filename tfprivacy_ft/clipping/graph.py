@@ -46,7 +46,7 @@ def data_tensors(loss: tf.Tensor) -> list[tf.Tensor]:
         loss reads tensors of an outer function, of which nothing is known.
     """
     captured = {id(inner): outer for outer, inner in loss.graph.captures}
-    found = []
+    found: list[tf.Tensor] = []
     for op in ancestors([loss]):
         if op.type == "IteratorGetNext":
             found.extend(t for t in op.outputs if t.consumers())

@@ -14,6 +14,7 @@ that the trace has written into it is kept.
 
 import dataclasses
 import math
+from typing import Any
 
 import tensorflow as tf
 
@@ -119,6 +120,10 @@ class Layouts:
         """The tensor's shape for a batch of `self.batch` examples, or None where it is not known."""
         return self._shapes.get(id(tensor))
 
+    def _dims(self, tensor: tf.Tensor) -> list[int]:
+        """The shape of an input of an op that a rule looks at, which is known."""
+        return self._shapes[id(tensor)]
+
     def _visit(self, op: tf.Operation) -> None:
         layouts = [self.of(t) for t in op.inputs]
         result = self._rule(op, layouts)
@@ -163,12 +168,14 @@ class Layouts:
         kind = op.type
         if "_gradient_op_type" in op.node_def.attr and not keras_compat.is_swish(op):
             return UNKNOWN  # its gradient is not the one that its type says
+        if any(self.shape(t) is None for t in op.inputs):
+            return UNKNOWN
         if kind in _UNARY:
             return layouts[0]
         if kind in _ELEMENTWISE:
             return self._broadcast(op, layouts)
         if kind == "Select":
-            return self._broadcast(op, layouts) if len({len(self.shape(t) or []) for t in op.inputs}) == 1 else UNKNOWN
+            return self._broadcast(op, layouts) if len({len(self._dims(t)) for t in op.inputs}) == 1 else UNKNOWN
         if kind == "BroadcastTo":
             return self._broadcast(op, layouts[:1])
         rule = getattr(self, f"_rule_{kind}", None)
@@ -192,13 +199,13 @@ class Layouts:
         places = set()
         for tensor, layout in zip(op.inputs, layouts, strict=False):
             if isinstance(layout, Rows):
-                places.add((layout.axis - len(self.shape(tensor)), layout.fold))
+                places.add((layout.axis - len(self._dims(tensor)), layout.fold))
         if rank is None or len(places) != 1:
             return UNKNOWN
         place, fold = places.pop()
         return Rows(rank + place, fold)
 
-    def _reduction(self, op: tf.Operation, layouts: list[Layout]) -> Layout:
+    def _reduction(self, op: tf.Operation, layouts: list[Any]) -> Layout:
         rows, axes = layouts[0], tf.get_static_value(op.inputs[1])
         rank = op.inputs[0].shape.rank
         if axes is None or rank is None:
@@ -209,23 +216,23 @@ class Layouts:
         kept = rows.axis if op.get_attr("keep_dims") else rows.axis - sum(a < rows.axis for a in axes)
         return Rows(kept, rows.fold)
 
-    def _along_last_axis(self, op: tf.Operation, layouts: list[Layout]) -> Layout:
-        return layouts[0] if layouts[0].axis != len(self.shape(op.inputs[0])) - 1 else COUPLED
+    def _along_last_axis(self, op: tf.Operation, layouts: list[Any]) -> Layout:
+        return layouts[0] if layouts[0].axis != len(self._dims(op.inputs[0])) - 1 else COUPLED
 
-    def _reshape(self, op: tf.Operation, layouts: list[Layout]) -> Layout:
+    def _reshape(self, op: tf.Operation, layouts: list[Any]) -> Layout:
         before, after = self.shape(op.inputs[0]), self.shape(op.outputs[0])
         if before is None or after is None:
             return UNKNOWN
         return axis_after_reshape(before, after, layouts[0]) or UNKNOWN
 
-    def _image(self, op: tf.Operation, layouts: list[Layout]) -> Layout:
+    def _image(self, op: tf.Operation, layouts: list[Any]) -> Layout:
         alone = layouts[0].axis == 0 and all(layout is FREE for layout in layouts[1:])
         channels_last = _attribute(op, "data_format", b"NHWC") in (b"NHWC", b"NDHWC")
         windows = [_attribute(op, name, [1])[0] for name in ("ksize", "strides")]
         return layouts[0] if alone and channels_last and windows == [1, 1] else UNKNOWN
 
     def _rule_BiasAdd(self, op, layouts):
-        last = len(self.shape(op.inputs[0])) - 1
+        last = len(self._dims(op.inputs[0])) - 1
         fine = layouts[1] is FREE and layouts[0].axis != last and _attribute(op, "data_format", b"NHWC") == b"NHWC"
         return layouts[0] if fine else UNKNOWN
 
@@ -236,10 +243,10 @@ class Layouts:
     def _rule_BatchMatMulV2(self, op, layouts):
         rank = op.outputs[0].shape.rank
         inner = [
-            isinstance(v, Rows) and v.axis >= len(self.shape(t)) - 2 for t, v in zip(op.inputs, layouts, strict=True)
+            isinstance(v, Rows) and v.axis >= len(self._dims(t)) - 2 for t, v in zip(op.inputs, layouts, strict=True)
         ]
         if any(inner) or rank is None:
-            rows, matrix_rows = layouts[0], len(self.shape(op.inputs[0])) - 2
+            rows, matrix_rows = layouts[0], len(self._dims(op.inputs[0])) - 2
             fine = (
                 layouts[1] is FREE and isinstance(rows, Rows) and rows.axis == matrix_rows and not op.get_attr("adj_x")
             )
@@ -286,18 +293,18 @@ class Layouts:
         return Rows(row.axis + (axis <= row.axis), row.fold)
 
     def _rule_Unpack(self, op, layouts):
-        axis = op.get_attr("axis") % len(self.shape(op.inputs[0]))
+        axis = op.get_attr("axis") % len(self._dims(op.inputs[0]))
         rows = layouts[0]
         return UNKNOWN if axis == rows.axis else Rows(rows.axis - (axis < rows.axis), rows.fold)
 
     def _rule_Split(self, op, layouts):
         axis = tf.get_static_value(op.inputs[0])
         rows = layouts[1]
-        return UNKNOWN if axis is None or int(axis) % len(self.shape(op.inputs[1])) == rows.axis else rows
+        return UNKNOWN if axis is None or int(axis) % len(self._dims(op.inputs[1])) == rows.axis else rows
 
     def _rule_SplitV(self, op, layouts):
         axis = tf.get_static_value(op.inputs[2])
-        return UNKNOWN if axis is None or int(axis) % len(self.shape(op.inputs[0])) == layouts[0].axis else layouts[0]
+        return UNKNOWN if axis is None or int(axis) % len(self._dims(op.inputs[0])) == layouts[0].axis else layouts[0]
 
     def _rule_StridedSlice(self, op, layouts):
         """Only slices that name every axis up to the batch, and take the whole batch, are followed."""
@@ -315,7 +322,7 @@ class Layouts:
         axis = tf.get_static_value(op.inputs[2])
         if axis is None or op.get_attr("batch_dims"):
             return UNKNOWN
-        axis = int(axis) % len(self.shape(op.inputs[0]))
+        axis = int(axis) % len(self._dims(op.inputs[0]))
         table, indices = layouts[0], layouts[1]
         if table is FREE and isinstance(indices, Rows):
             return Rows(axis + indices.axis, indices.fold)
@@ -338,7 +345,7 @@ class Layouts:
     def _rule_FusedBatchNormV3(self, op, layouts):
         """Inference scales each row alone; training takes moments over every axis but the channels."""
         rows = layouts[0]
-        channels = 1 if op.get_attr("data_format") == b"NCHW" else len(self.shape(op.inputs[0])) - 1
+        channels = 1 if op.get_attr("data_format") == b"NCHW" else len(self._dims(op.inputs[0])) - 1
         if not all(layout is FREE for layout in layouts[1:]):
             return UNKNOWN
         if not op.get_attr("is_training"):

@@ -117,4 +117,4 @@ def _random_draws(loss: tf.Tensor, data: list[tf.Tensor]) -> list[tf.Tensor]:
 def _is_by_row(draw: tf.Tensor, layouts: Layouts) -> bool:
     """Whether a random draw has rows for each example; one without is the same for all of them."""
     shape = layouts.shape(draw)
-    return bool(shape) and shape[0] % layouts.batch == 0
+    return shape is not None and len(shape) > 0 and shape[0] % layouts.batch == 0

@@ -31,9 +31,16 @@ class Meeting:
         """The op's data input (of an op with two inputs)."""
         return self.op.inputs[1 - self.index]
 
-    def rows(self, tensor: tf.Tensor) -> Rows | None:
+    def batch_first(self, tensor: tf.Tensor) -> bool:
+        """Whether the first axis of `tensor` holds the batch."""
         layout = self.layouts.of(tensor)
-        return layout if isinstance(layout, Rows) else None
+        return isinstance(layout, Rows) and layout.axis == 0
+
+    def rows(self, tensor: tf.Tensor) -> Rows:
+        """Where the batch is in `tensor`, for which `batch_first` holds."""
+        layout = self.layouts.of(tensor)
+        assert isinstance(layout, Rows)
+        return layout
 
 
 class UseSite(abc.ABC):

@@ -151,7 +151,9 @@ def _size_alone(op: tf.Operation, out: tf.Tensor, layouts: Layouts, batch_size: 
     batch = tf.cast(batch_size, out.dtype)
     if op.type == "Size":
         return out // batch
-    axis = layouts.of(op.inputs[0]).axis
+    rows = layouts.of(op.inputs[0])
+    assert isinstance(rows, Rows)
+    axis = rows.axis
     return tf.concat([out[:axis], out[axis : axis + 1] // batch, out[axis + 1 :]], 0)
 
 

@@ -1,0 +1,70 @@
+"""Keras callbacks: epsilon in the progress bar and History, steps reserved ahead, a stop before the budget breaks."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from tfprivacy_ft.keras_compat import fit_arguments, keras, steps_per_execution
+from tfprivacy_ft.sampling import UNKNOWN
+
+if TYPE_CHECKING:
+    from tfprivacy_ft.plan import PrivacyPlan
+
+_log = logging.getLogger(__name__)
+
+
+class EpsilonCallback(keras.callbacks.Callback):
+    """Keeps a plan's ledger during `fit`, and shows the epsilon of what ran.
+
+    Adds `epsilon` to the logs of every epoch, for the progress bar, History, TensorBoard and CSV loggers. Stops training
+    where the plan's target would be passed; the model then is the one of the last allowed step.
+
+    Args:
+      plan: the plan whose optimizer the model was compiled with.
+    """
+
+    def __init__(self, plan: "PrivacyPlan"):
+        super().__init__()
+        self._plan = plan
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Finds out how batches are drawn."""
+        self._recorder = self._plan.recorder(self.model.optimizer)
+        self._recorder.use(self._plan.sampling_of(fit_arguments(self.model)))
+        self._recorder.refuses_quietly = True
+        self._recorder.reserve()  # the first look at the budget takes a second, the others none
+        self._steps, self._left = steps_per_execution(self.model), 0
+        self._plan.ledger.note(
+            "training metrics", "loss and metrics of the training data were shown without noise while training."
+        )
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Has the coming steps reserved before they run."""
+        if self._left < self._steps:
+            self._recorder.reserve(self._steps)
+            self._left = self._recorder.steps_left
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Stops once not one more step fits into the budget."""
+        self._left -= self._steps
+        if self._left <= 0 and not self._recorder.reserve(1):
+            self.model.stop_training = True
+        elif self._left <= 0:
+            self._left = self._recorder.steps_left
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Settles the epoch and shows its epsilon."""
+        epsilon = self._plan.epsilon()
+        self._left = 0
+        if logs is not None:
+            logs["epsilon"] = epsilon
+        planned = (self.params or {}).get("epochs") or 0
+        if self.model.stop_training and epoch + 1 < planned:
+            _log.warning(
+                "training stopped after epoch %d of %d: epsilon %.4g is spent, and the target %s leaves no room for a step.",
+                epoch + 1, planned, epsilon, self._plan.target_epsilon,
+            )  # fmt: skip
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """What comes after `fit` is accounted as unknown batches, until another `fit` says otherwise."""
+        self._recorder.use(UNKNOWN)
+        self._recorder.refuses_quietly = False

@@ -1,0 +1,288 @@
+"""`PrivacyPlan` makes sampler, noise, denominator, ledger and budget of a training agree.
+
+The plan says how batches are to be drawn and how much noise that needs. What was spent is never read from the plan but
+from the ledger of what ran: batches that the plan did not draw are accounted for without amplification.
+"""
+
+import dataclasses
+import math
+import os
+import warnings
+import weakref
+from typing import Any
+
+from tfprivacy_ft import _check, accounting
+from tfprivacy_ft.compute_epsilon import Report, compute_epsilon
+from tfprivacy_ft.errors import InvalidArgumentError
+from tfprivacy_ft.events import Event
+from tfprivacy_ft.ledger import Ledger
+from tfprivacy_ft.recorder import Recorder
+from tfprivacy_ft.sampling import UNKNOWN, Sampling, number_of_examples, poisson_batches
+
+
+@dataclasses.dataclass(eq=False)
+class PrivacyPlan:
+    """How a model is to be trained privately, and the record of what was.
+
+    Guarantees that with a `target_epsilon` no step runs whose epsilon, by the ledger, would pass it.
+
+    Args:
+      num_examples: n, the examples that could take part; public.
+      batch_size: expected examples in a batch, in [1, n].
+      epochs: passes planned, each of `steps_per_epoch` steps.
+      delta: in (0, 1), well below 1/n.
+      noise_multiplier: >= 0, noise standard deviation divided by the clip; 0 gives no privacy.
+      target_epsilon: the budget, > 0; None only records.
+      steps_per_block: steps that the ledger reserves at once; None for about a second of work.
+
+    Raises:
+      InvalidArgumentError: an argument is outside its range.
+
+    Example:
+      >>> plan = PrivacyPlan(num_examples=60_000, batch_size=256, epochs=60, delta=1e-5, noise_multiplier=1.1)
+      >>> plan.steps
+      14100
+
+    Source: Ponomareva et al. 2023, "How to DP-fy ML", for what has to be stated beside an epsilon.
+    """
+
+    num_examples: int
+    batch_size: int
+    epochs: int
+    delta: float
+    noise_multiplier: float
+    target_epsilon: float | None = None
+    steps_per_block: int | None = None
+
+    def __post_init__(self):
+        _check_sizes(self.num_examples, self.batch_size, self.epochs)
+        _check.non_negative(noise_multiplier=self.noise_multiplier)
+        accounting.check_delta(self.delta, self.num_examples)
+        if self.target_epsilon is not None:
+            _check.positive(target_epsilon=self.target_epsilon)
+        if self.steps_per_block is not None:
+            _check.positive_integer(steps_per_block=self.steps_per_block)
+        if self.noise_multiplier == 0:
+            warnings.warn("noise_multiplier=0 adds no noise: epsilon is infinite, nothing is private.", stacklevel=3)
+        self._ledger = Ledger.in_memory(delta=self.delta, facts=self._facts())
+        self._recorders: weakref.WeakKeyDictionary[Any, Recorder] = weakref.WeakKeyDictionary()
+        self._drawn: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    @classmethod
+    def solve(
+        cls,
+        *,
+        target_epsilon: float,
+        delta: float,
+        num_examples: int,
+        batch_size: int,
+        epochs: int,
+        steps_per_block: int | None = None,
+    ) -> "PrivacyPlan":
+        """The plan with the least noise that keeps Poisson batches within `target_epsilon`; never less privacy.
+
+        Args:
+          target_epsilon: > 0, by the PLD accountant, for adding or removing one example.
+          delta, num_examples, batch_size, epochs, steps_per_block: as in the class.
+
+        Raises:
+          InvalidArgumentError: an argument is outside its range, or no noise reaches the target.
+
+        Example:
+          >>> plan = PrivacyPlan.solve(target_epsilon=1.0, delta=1e-5, num_examples=1000, batch_size=10, epochs=10)
+          >>> round(plan.noise_multiplier, 3)
+          1.416
+        """
+        _check_sizes(num_examples, batch_size, epochs)
+        _check.positive(target_epsilon=target_epsilon)
+        _check.open_unit_interval(delta=delta)
+        steps = math.ceil(num_examples / batch_size) * epochs
+
+        def events(noise_multiplier: float) -> Event:
+            return Event.poisson(
+                count=steps, noise_multiplier=noise_multiplier, sampling_probability=batch_size / num_examples
+            )
+
+        noise = accounting.solve_noise_multiplier(target_epsilon=target_epsilon, delta=delta, events_for=events)
+        return cls(num_examples, batch_size, epochs, delta, noise, target_epsilon, steps_per_block)
+
+    @property
+    def sampling_probability(self) -> float:
+        """The probability with which each example takes part in a step."""
+        return self.batch_size / self.num_examples
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in one epoch of `fit` on `batches`: ceil(n / batch size), as Keras counts them."""
+        return math.ceil(self.num_examples / self.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Steps planned in all."""
+        return self.steps_per_epoch * self.epochs
+
+    def batches(self, x: Any, y: Any, *, sample_weight: Any = None, pad_to: int | None = None) -> Any:
+        """Poisson batches of these examples, for `model.fit`; see `poisson_batches`.
+
+        Raises:
+          InvalidArgumentError: x does not hold `num_examples` examples.
+          DatasetError: x, y and sample_weight differ in length.
+        """
+        size = number_of_examples(x, y, sample_weight)
+        if size != self.num_examples:
+            raise InvalidArgumentError(
+                f"x holds {size} examples and the plan was made for num_examples={self.num_examples}: make the plan for "
+                "the data that is trained on."
+            )
+        batches = poisson_batches(x, y, batch_size=self.batch_size, sample_weight=sample_weight, pad_to=pad_to)
+        self._drawn.add(batches)
+        return batches
+
+    def optimizer(self, optimizer_class: type, *, l2_norm_clip: float, **arguments: Any) -> Any:
+        """A DP optimizer with this plan's noise and expected batch size, whose steps this plan records.
+
+        Args:
+          optimizer_class: a DP optimizer class, or a Keras one, of which the DP version is made.
+          l2_norm_clip: > 0, bound on each example's gradient norm.
+          **arguments: the optimizer's own arguments, such as `learning_rate`.
+        """
+        from tfprivacy_ft import optimizers
+
+        if not issubclass(optimizer_class, optimizers.DPOptimizer):
+            optimizer_class = optimizers.make_dp_optimizer_class(optimizer_class)
+        optimizer = optimizer_class(
+            l2_norm_clip=l2_norm_clip,
+            noise_multiplier=self.noise_multiplier,
+            expected_batch_size=self.batch_size,
+            **arguments,
+        )
+        self.attach(optimizer)
+        return optimizer
+
+    def attach(self, optimizer: Any) -> None:
+        """Records the steps of a DP optimizer that was made elsewhere, such as one of a loaded model.
+
+        Raises:
+          InvalidArgumentError: it is not a DP optimizer, or has another noise multiplier than the plan.
+        """
+        from tfprivacy_ft import optimizers
+
+        if not isinstance(optimizer, optimizers.DPOptimizer):
+            raise InvalidArgumentError(f"{type(optimizer).__name__} is not a DP optimizer: use plan.optimizer(...).")
+        if optimizer.noise_multiplier != self.noise_multiplier:
+            raise InvalidArgumentError(
+                f"the optimizer has noise_multiplier={optimizer.noise_multiplier} and the plan "
+                f"noise_multiplier={self.noise_multiplier}: make the optimizer with plan.optimizer(...)."
+            )
+        optimizer.expected_batch_size.assign(self.batch_size)
+        mechanism, noise, clip = optimizer.mechanism, optimizer.noise_multiplier, optimizer.l2_norm_clip
+        mechanism.has_plan = True
+        self._recorders[mechanism] = Recorder(
+            mechanism.guard,
+            lambda: self._ledger,
+            lambda sampling, steps: sampling.event(steps, noise_multiplier=noise, l2_norm_clip=clip),
+            target_epsilon=self.target_epsilon,
+            delta=self.delta,
+            steps_per_block=self.steps_per_block,
+        )
+
+    def recorder(self, optimizer: Any) -> Recorder:
+        """The recorder of this optimizer's steps; attaches the optimizer if it was not.
+
+        Raises:
+          InvalidArgumentError: as in `attach`.
+        """
+        if getattr(optimizer, "mechanism", None) not in self._recorders:
+            self.attach(optimizer)
+        return self._recorders[optimizer.mechanism]
+
+    def callbacks(self, run_dir: str | os.PathLike[str] | None = None) -> list[Any]:
+        """Callbacks for `fit`: the ledger in `run_dir`, epsilon in the progress bar and History, a stop at the budget.
+
+        Args:
+          run_dir: the run's folder; a ledger that is there is continued. None keeps the ledger in memory.
+
+        Raises:
+          LedgerError: the ledger cannot be written, is locked by another process, or is damaged.
+        """
+        from tfprivacy_ft.callbacks import EpsilonCallback
+
+        if run_dir is not None:
+            self.record_in(run_dir)
+        return [EpsilonCallback(self)]
+
+    def record_in(self, run_dir: str | os.PathLike[str]) -> None:
+        """Writes the ledger to a folder from now on; what this plan released before goes there too."""
+        folder = self._ledger.path.parent if self._ledger.path else None
+        if folder is not None and folder.resolve() == type(folder)(run_dir).resolve():
+            return
+        self.settle()
+        old, new = self._ledger, Ledger.open(run_dir, delta=self.delta, facts=self._facts())
+        if folder is None:
+            for event in old.events():
+                new.settle([new.reserve(event)], event)
+            for note in old.notes():
+                new.note(note.kind, note.text)
+        old.close()
+        self._ledger = new
+
+    def sampling_of(self, arguments: dict[str, Any] | None) -> Sampling:
+        """How the batches of a running `fit` are drawn, as far as its arguments prove it.
+
+        Args:
+          arguments: the x, y, batch_size and steps_per_epoch of `fit`, or None if they are not known.
+        """
+        if arguments is None or arguments["steps_per_epoch"] is not None:
+            return UNKNOWN
+        x = arguments["x"]
+        if any(x is batches for batches in self._drawn):
+            return Sampling("poisson", self.num_examples, self.sampling_probability)
+        if not _is_arrays(x) or not _is_arrays(arguments["y"]):
+            return UNKNOWN
+        size = number_of_examples(x, arguments["y"])
+        # Keras goes through arrays once in an epoch, in batches of 32 unless told otherwise.
+        return Sampling("shuffled", size, pass_length=math.ceil(size / (arguments["batch_size"] or 32)))
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger that is being written."""
+        return self._ledger
+
+    def settle(self) -> None:
+        """Replaces open reservations by the steps that ran."""
+        for recorder in self._recorders.values():
+            recorder.settle()
+
+    def report(self) -> Report:
+        """The epsilon of what ran, by the ledger; `print(plan.report())` reads as a statement."""
+        self.settle()
+        return compute_epsilon(self._ledger, delta=self.delta)
+
+    def epsilon(self) -> float:
+        """The epsilon of what ran (the largest, where parts do not compose), at this plan's delta."""
+        self.settle()
+        accounts = accounting.accounts(self._ledger.events(), self.delta)
+        return max((account.epsilon for account in accounts), default=0.0)
+
+    def close(self) -> None:
+        """Settles, and gives the ledger free for other processes."""
+        self.settle()
+        self._ledger.close()
+
+    def _facts(self) -> dict[str, Any]:
+        fields = ("num_examples", "batch_size", "epochs", "noise_multiplier", "target_epsilon")
+        return {name: getattr(self, name) for name in fields}
+
+
+def _check_sizes(num_examples: int, batch_size: int, epochs: int) -> None:
+    _check.positive_integer(num_examples=num_examples, batch_size=batch_size, epochs=epochs)
+    _check.at_most("num_examples", num_examples, batch_size=batch_size)
+
+
+def _is_arrays(part: Any) -> bool:
+    """Whether Keras will take `part` for arrays and batch it itself."""
+    import numpy as np
+    import tensorflow as tf
+
+    leaves = tf.nest.flatten(part)
+    return bool(leaves) and all(isinstance(leaf, np.ndarray | tf.Tensor) for leaf in leaves)

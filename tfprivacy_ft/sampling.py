@@ -1,0 +1,162 @@
+"""How batches are drawn, and what each way is called in the accounts.
+
+Amplification by sampling is real only if the sampling happened. `poisson_batches` draws each example independently, with
+randomness from the operating system; whatever other batches a training saw are accounted for without amplification.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfprivacy_ft import _check
+from tfprivacy_ft.errors import DatasetError
+from tfprivacy_ft.events import Event
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What is known about the batches of some steps, enough to make an event of them.
+
+    Args:
+      sampler: `"poisson"`, `"shuffled"` (each example at most once in `pass_length` steps) or `"unknown"`.
+      population: examples that could take part; None where that is not known.
+      sampling_probability: for `"poisson"`.
+      pass_length: steps of one pass, for `"shuffled"`.
+    """
+
+    sampler: str
+    population: int | None = None
+    sampling_probability: float | None = None
+    pass_length: int | None = None
+
+    def event(self, steps: int, *, noise_multiplier: float, l2_norm_clip: float | None) -> Event:
+        """The event of `steps` steps that saw such batches."""
+        common: dict[str, Any] = {
+            "count": steps,
+            "noise_multiplier": noise_multiplier,
+            "population": self.population,
+            "l2_norm_clip": l2_norm_clip,
+        }
+        if self.sampler == "poisson":
+            assert self.sampling_probability is not None
+            return Event.poisson(sampling_probability=self.sampling_probability, **common)
+        if self.sampler == "shuffled":
+            assert self.pass_length is not None
+            return Event.shuffled(passes=math.ceil(steps / self.pass_length), **common)
+        return Event.unknown(**common)
+
+
+UNKNOWN = Sampling("unknown")
+
+
+def poisson_batches(
+    x: Any,
+    y: Any,
+    *,
+    batch_size: float,
+    steps: int | None = None,
+    sample_weight: Any = None,
+    pad_to: int | None = None,
+) -> tf.data.Dataset:
+    """Batches for `model.fit` in which each example takes part independently with probability batch_size / n.
+
+    Batches vary in size; the optimizer divides by the constant expected size. An empty draw comes as one row of zeros
+    with weight 0, so that the step adds noise only, and counts. Every pass draws anew.
+
+    Args:
+      x: array of n examples, or a tuple, list or dictionary of such arrays.
+      y: labels of the same length, in one array or several.
+      batch_size: the expected batch size, in (0, n].
+      steps: batches in one pass (an epoch of `fit`); None for ceil(n / batch_size).
+      sample_weight: [n] weights, or None for ones.
+      pad_to: rows to pad every batch to with rows of weight 0, so that a training function compiled by XLA sees one
+        shape; a larger draw is padded to the next multiple, never cut.
+
+    Returns:
+      A dataset of (x, y, sample_weight) that knows its cardinality.
+
+    Raises:
+      InvalidArgumentError: `batch_size`, `steps` or `pad_to` is outside its range.
+      DatasetError: there are no examples, or x, y and sample_weight differ in length.
+
+    Example:
+      >>> import numpy as np
+      >>> batches = poisson_batches(np.zeros([100, 2]), np.zeros(100), batch_size=10)
+      >>> int(batches.cardinality())
+      10
+
+    Source: Abadi et al. 2016, section 3.1 (lots); Mironov, Talwar & Zhang 2019 for the amplification that it gives.
+    """
+    size = number_of_examples(x, y, sample_weight)
+    weights = np.ones(size, np.float32) if sample_weight is None else np.asarray(sample_weight, np.float32)
+    arrays = tf.nest.map_structure(np.asarray, (x, y))
+    _check.positive(batch_size=batch_size)
+    _check.at_most("the number of examples", size, batch_size=batch_size)
+    steps = math.ceil(size / batch_size) if steps is None else steps
+    _check.positive_integer(steps=steps)
+    if pad_to is not None:
+        _check.positive_integer(pad_to=pad_to)
+    source = np.random.default_rng()  # keyed from the operating system; no global seed reaches it
+
+    def draw() -> Iterator[Any]:
+        for _ in range(steps):
+            chosen = np.flatnonzero(source.random(size) < batch_size / size)
+            rows = _padded_size(len(chosen), pad_to)
+            yield tf.nest.map_structure(lambda a, c=chosen, r=rows: _take(a, c, r), (*arrays, weights))
+
+    signature = tf.nest.map_structure(lambda a: tf.TensorSpec([None, *a.shape[1:]], a.dtype), (*arrays, weights))
+    dataset = tf.data.Dataset.from_generator(draw, output_signature=signature)
+    return dataset.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(2)
+
+
+def number_of_examples(x: Any, y: Any, sample_weight: Any = None) -> int:
+    """The length that all arrays in x, y and sample_weight share.
+
+    Raises:
+      DatasetError: there are no examples, or the lengths differ.
+
+    Example:
+      >>> number_of_examples([[1], [2]], [0, 1])
+      2
+    """
+    parts = tf.nest.flatten(
+        tf.nest.map_structure(_length, {"x": _whole(x), "y": _whole(y), "w": _whole(sample_weight)})
+    )
+    lengths = {n for n in parts if n is not None}
+    if len(lengths) != 1:
+        raise DatasetError(f"x, y and sample_weight hold {sorted(lengths)} examples: give the same number in each.")
+    size = lengths.pop()
+    if size == 0:
+        raise DatasetError("x and y hold no examples: give at least one.")
+    return size
+
+
+def _whole(part: Any) -> Any:
+    """A plain list of numbers is one array, not a structure of many."""
+    return np.asarray(part) if isinstance(part, list) else part
+
+
+def _length(part: Any) -> int | None:
+    if part is None:
+        return None
+    shape = np.shape(part)
+    if not shape:
+        raise DatasetError(f"{part!r} is one value: give arrays whose first axis is the examples.")
+    return int(shape[0])
+
+
+def _padded_size(drawn: int, pad_to: int | None) -> int:
+    """Rows of a batch: at least one, and a multiple of `pad_to`."""
+    unit = pad_to or 1
+    return max(1, math.ceil(drawn / unit)) * unit
+
+
+def _take(array: np.ndarray, chosen: np.ndarray, rows: int) -> np.ndarray:
+    """The chosen rows, then rows of zeros; a weight of 0 keeps those from contributing."""
+    batch = np.zeros([rows, *array.shape[1:]], array.dtype)
+    batch[: len(chosen)] = array[chosen]
+    return batch
