@@ -39,15 +39,19 @@ endif
 	$(bin)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(stamp)
-	@for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(bin)/python $$script; done
+	@for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do \
+	  echo "== $$script"; $(bin)/python $$script; done
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find tfprivacy_ft federated tests benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is written last, so an installation that was cut short starts over; --clear leaves nothing of an older lock.
-$(stamp): $(locks) setup.cfg pyproject.toml
-	@$(PYTHON) -c '$(is_311)' 2>/dev/null || { echo "The pinned versions need Python 3.11 and $(PYTHON) is $$($(PYTHON) -V 2>/dev/null || echo "not there"): give one, as in 'make PYTHON=/path/to/python3.11'." >&2; exit 1; }
+$(stamp): $(locks) setup.cfg
+	@$(PYTHON) -c '$(is_311)' 2>/dev/null || { \
+	  found=$$($(PYTHON) -V 2>/dev/null || echo "not there"); \
+	  echo "The pinned versions need Python 3.11 and $(PYTHON) is $$found: give one," \
+	    "as in 'make PYTHON=/path/to/python3.11'." >&2; exit 1; }
 	@echo "Making .venv with the pinned versions; this takes a few minutes."
 	@$(PYTHON) -m venv --clear .venv
 	@total=$$(cat $(locks) | grep -c ==); \

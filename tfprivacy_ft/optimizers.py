@@ -74,10 +74,11 @@ class Mechanism:
         )
 
     def _check_strategy(self) -> None:
-        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+        strategy = tf.distribute.get_strategy()
+        if tf.distribute.has_strategy() and not isinstance(strategy, tf.distribute.OneDeviceStrategy):
             raise UnsupportedModelError(
-                f"{tf.distribute.get_strategy().num_replicas_in_sync} replicas share this optimizer, for which clip and "
-                "noise are not yet exact: train on one device."
+                f"{type(strategy).__name__} splits the batch over replicas, for which clip and noise are not yet exact: train "
+                "on one device, without a strategy."
             )
 
 

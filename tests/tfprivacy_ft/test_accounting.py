@@ -88,6 +88,7 @@ def test_closed_form_against_high_precision(mu, delta):
     assert true_delta(spent) <= delta * (1 + 1e-8)
     if spent > 0:
         assert true_delta(spent * (1 - 1e-6)) > delta
+        assert accounting._gaussian_delta(mu, spent) <= delta  # in its own arithmetic, not even by rounding
 
 
 def test_the_kept_one_release_distribution_gives_what_the_accountant_of_dp_accounting_gives():
@@ -246,6 +247,20 @@ def test_rounding_never_counts_as_perfect_privacy():
     # The divergence of one release is about q^2 / noise^2 = 4e-18 here, far below the rounding of the sums.
     spent = accounting.epsilon(poisson(1e-6, 500.0, 10**6), 1e-10, accountant="rdp")
     assert spent >= 1e-6
+
+
+def test_an_order_below_zero_is_not_used(monkeypatch):
+    dp_accounting = pytest.importorskip("dp_accounting")
+
+    class Rounded(dp_accounting.rdp.RdpAccountant):
+        @property
+        def rdp(self):
+            return super().rdp if self.orders[0] == 8 else super().rdp - 1e6
+
+    release = accounting._releases([poisson(0.123, 1.0, 1)])[0]
+    monkeypatch.setattr(dp_accounting.rdp, "RdpAccountant", Rounded)
+    orders, divergences = accounting._rdp_of_one.__wrapped__(release)
+    assert [order for order, divergence in zip(orders, divergences, strict=True) if divergence < math.inf] == [8]
 
 
 def test_the_accountant_is_quiet_and_leaves_logging_as_it_was(caplog):

@@ -161,9 +161,9 @@ def test_nothing_released_is_epsilon_zero(tmp_path):
 
 
 def test_delta_must_come_from_somewhere(tmp_path):
-    with pytest.raises(InvalidArgumentError, match="delta"):
+    with pytest.raises(InvalidArgumentError, match="no run recorded one"):
         compute_epsilon([Event.unknown(count=1, noise_multiplier=1.0)])
-    with pytest.raises(InvalidArgumentError, match="delta"):
+    with pytest.raises(InvalidArgumentError, match="no run recorded one"):
         compute_epsilon(a_run(tmp_path, [], delta=None))
     with pytest.raises(LedgerError, match="no ledger"):
         compute_epsilon(tmp_path / "elsewhere")

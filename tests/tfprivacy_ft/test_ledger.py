@@ -206,6 +206,22 @@ def test_reading_beside_a_fast_writer_is_never_taken_for_damage(tmp_path):
     assert seen == sorted(seen) and seen[0] >= 10
 
 
+def test_a_writer_between_head_and_ledger_is_waited_for(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    real, late = ledger._read_bytes, [2]
+
+    def overtaken(file):
+        data = real(file)
+        if file.name == HEAD_NAME and late:
+            monkeypatch.setattr(ledger, "_read_bytes", real)
+            write(tmp_path, late.pop())
+            monkeypatch.setattr(ledger, "_read_bytes", overtaken)
+        return data
+
+    monkeypatch.setattr(ledger, "_read_bytes", overtaken)
+    assert steps_in(read(tmp_path)) == 30
+
+
 def test_no_ledger_is_one_sentence(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere", str(tmp_path / "nowhere" / FILE_NAME)):
         with pytest.raises(LedgerError, match="no ledger") as caught:

@@ -88,8 +88,9 @@ def axis_after_reshape(before: list[int], after: list[int], rows: Rows) -> Rows 
     if math.prod(before[: rows.axis]) != 1:
         return None
     per_example = rows.fold * math.prod(before[rows.axis + 1 :])
+    one_example = before[rows.axis] == rows.fold
     for axis, size in enumerate(after):
-        if size != 1:
+        if size != 1 or one_example:
             inner = math.prod(after[axis + 1 :])
             return Rows(axis, per_example // inner) if inner and per_example % inner == 0 else None
     return None

@@ -1,0 +1,218 @@
+"""DP optimizers as Keras users meet them: equal to Keras without clip and noise, saved, loaded, and hard to misuse."""
+
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import CrossEntropy, assert_same, global_norm, layers, released_sum, trainable_values
+
+from tfprivacy_ft import models, optimizers
+from tfprivacy_ft.errors import InvalidArgumentError, RawGradientsError, UnsupportedModelError
+from tfprivacy_ft.optimizers import (
+    DPKerasAdagradOptimizer,
+    DPKerasAdamOptimizer,
+    DPKerasAdamWOptimizer,
+    DPKerasSGDOptimizer,
+    NoPlanWarning,
+    make_dp_optimizer_class,
+)
+
+keras = tf.keras
+LOGITS = CrossEntropy(from_logits=True)
+X = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
+Y = np.random.default_rng(1).integers(0, 3, 50)
+
+
+def small_model():
+    return keras.Sequential(
+        [layers.Input((6,)), layers.Dense(5, "tanh", kernel_regularizer="l2"), layers.Dense(3, name="out")]
+    )
+
+
+PAIRS = [
+    (keras.optimizers.SGD, DPKerasSGDOptimizer, {"learning_rate": 0.1}),
+    (keras.optimizers.SGD, DPKerasSGDOptimizer, {"learning_rate": 0.1, "momentum": 0.9, "nesterov": True}),
+    (keras.optimizers.Adam, DPKerasAdamOptimizer, {"learning_rate": 0.01}),
+    (keras.optimizers.AdamW, DPKerasAdamWOptimizer, {"learning_rate": 0.01, "weight_decay": 0.1}),
+    (keras.optimizers.Adagrad, DPKerasAdagradOptimizer, {"learning_rate": 0.1}),
+    (keras.optimizers.RMSprop, make_dp_optimizer_class(keras.optimizers.RMSprop), {"learning_rate": 0.01}),
+]
+
+
+@pytest.mark.parametrize(("plain", "private", "arguments"), PAIRS)
+@pytest.mark.parametrize("jit", [False, True])
+def test_no_noise_and_a_huge_clip_is_plain_keras(plain, private, arguments, jit):
+    results, start = [], small_model().get_weights()
+    for optimizer in (plain(**arguments), private(1e9, 0.0, **arguments)):
+        model = small_model()
+        model.set_weights(start)
+        model.compile(optimizer, LOGITS, jit_compile=jit)
+        model.fit(X, Y, batch_size=16, epochs=2, shuffle=False, verbose=0)  # the last batch holds 2
+        results.append(trainable_values(model))
+    assert_same(results[1], results[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["logistic", "mlp", "cnn", "text"])
+def test_one_example_moves_every_built_in_model_by_at_most_the_clip(name):
+    shape = {"cnn": (28, 28, 1), "text": (20,)}.get(name, (12,))
+    options = {"vocabulary_size": 50} if name == "text" else {}
+    model = models.build_model(name, shape, 3, **options)
+    rng = np.random.default_rng(0)
+    x = rng.integers(1, 50, (1, *shape)) if name == "text" else rng.normal(size=(1, *shape)).astype(np.float32)
+    y = np.array([1])
+
+    def huge(true, predicted):
+        return 1e6 * keras.losses.sparse_categorical_crossentropy(true, predicted)
+
+    released = released_sum(model, huge, x, y, 0.7)
+    assert 0.3 < global_norm(released) <= 0.7 * (1 + 1e-4)
+
+
+def test_removing_one_example_moves_the_clipped_sum_by_at_most_the_clip():
+    start = small_model().get_weights()
+    sums = []
+    for keep in (slice(0, 10), slice(1, 10)):
+        model = keras.Sequential([layers.Input((6,)), layers.Dense(5, "tanh"), layers.Dense(3)])
+        model.set_weights(start)
+        sums.append(released_sum(model, LOGITS, 100 * X[keep], Y[keep], 0.25))
+    difference = global_norm([a - b for a, b in zip(*sums, strict=True)])
+    assert 0.01 < difference <= 0.25 * (1 + 1e-4)
+
+
+def test_without_a_plan_one_warning_and_a_counter():
+    model = small_model()
+    optimizer = DPKerasSGDOptimizer(1.0, 1.0, learning_rate=0.1)
+    model.compile(optimizer, LOGITS)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(X, Y, batch_size=16, epochs=2, verbose=0)
+        model.train_on_batch(X[:4], Y[:4])
+    assert len([w for w in caught if w.category is NoPlanWarning]) == 1
+    assert optimizer.privacy_steps == 9
+
+
+def test_the_step_counter_never_goes_back(tmp_path):
+    model = small_model()
+    model.compile(DPKerasAdamOptimizer(1.0, 1.0), LOGITS)
+    model.fit(X, Y, batch_size=25, verbose=0)
+    checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+    path = checkpoint.save(str(tmp_path / "at"))
+    model.fit(X, Y, batch_size=25, verbose=0)
+    checkpoint.restore(path)
+    assert int(model.optimizer.iterations) == 2
+    assert model.optimizer.privacy_steps == 4
+
+
+def test_expected_batch_size_can_change_after_the_first_step():
+    model = keras.Sequential([layers.Input((6,)), layers.Dense(3)])
+    optimizer = DPKerasSGDOptimizer(1e-3, 0.0, learning_rate=1.0, expected_batch_size=1)
+    model.compile(optimizer, LOGITS)
+    moves = []
+    for expected in (1.0, 10.0):
+        optimizer.expected_batch_size.assign(expected)
+        before = trainable_values(model)
+        model.train_on_batch(X[:8], Y[:8])
+        moves.append(global_norm([b - a for b, a in zip(before, trainable_values(model), strict=True)]))
+    assert moves[0] / moves[1] == pytest.approx(10, rel=1e-3)
+
+
+def test_raw_gradients_are_refused_before_and_after_a_private_step():
+    model = small_model()
+    model.compile(DPKerasSGDOptimizer(1.0, 1.0), LOGITS)
+    raw = [(tf.zeros_like(v), v) for v in model.trainable_variables]
+    with pytest.raises(RawGradientsError, match=r"model\.fit"):
+        model.optimizer.apply_gradients(raw)
+    model.fit(X, Y, verbose=0)
+    with pytest.raises(RawGradientsError):
+        model.optimizer.apply_gradients(raw)
+
+
+def test_replicas_are_refused():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    with strategy.scope():
+        model = small_model()
+        model.compile(DPKerasSGDOptimizer(1.0, 1.0), LOGITS)
+    with pytest.raises(UnsupportedModelError, match="MirroredStrategy"):
+        model.fit(X, Y, verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"l2_norm_clip": -1.0}, "l2_norm_clip=-1.0"),
+        ({"l2_norm_clip": float("nan")}, "l2_norm_clip=nan"),
+        ({"l2_norm_clip": 0}, "l2_norm_clip=0"),
+        ({"noise_multiplier": -0.1}, "noise_multiplier=-0.1"),
+        ({"noise_multiplier": float("nan")}, "noise_multiplier=nan"),
+        ({"expected_batch_size": 0}, "expected_batch_size=0"),
+        ({"num_microbatches": 4}, "one example is one microbatch"),
+        ({"num_microbatches": 4, "expected_batch_size": 8}, "one example is one microbatch"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(arguments, sentence):
+    with pytest.raises(InvalidArgumentError, match=sentence):
+        DPKerasSGDOptimizer(**{"l2_norm_clip": 1.0, "noise_multiplier": 1.0, **arguments})
+
+
+def test_microbatches_of_tensorflow_privacy_programs_are_accepted_when_they_hold_one_example():
+    assert DPKerasAdamOptimizer(1.0, 1.0, 32, expected_batch_size=32).l2_norm_clip == 1.0
+
+
+@pytest.mark.parametrize("wrong", [keras.optimizers.SGD(), object, DPKerasSGDOptimizer])
+def test_only_keras_optimizer_classes_are_made_private(wrong):
+    with pytest.raises(InvalidArgumentError):
+        make_dp_optimizer_class(wrong)
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5", ""])
+def test_saved_models_load_and_go_on(tmp_path, suffix):
+    model = small_model()
+    model.compile(DPKerasAdamOptimizer(0.7, 1.1, learning_rate=0.01, expected_batch_size=16), LOGITS)
+    model.fit(X, Y, batch_size=16, verbose=0)
+    path = str(tmp_path / f"model{suffix}")
+    model.save(path)
+    loaded = keras.models.load_model(path)
+    assert_same(trainable_values(loaded), trainable_values(model), rtol=1e-6)
+    if suffix:  # a SavedModel's optimizer is only good for its state
+        assert (loaded.optimizer.l2_norm_clip, loaded.optimizer.noise_multiplier) == (0.7, 1.1)
+        assert float(loaded.optimizer.expected_batch_size) == 16
+        loaded.fit(X, Y, batch_size=16, verbose=0)
+        assert loaded.optimizer.privacy_steps == 4
+
+
+LOAD = """
+import sys, numpy as np, tensorflow as tf
+model = tf.keras.models.load_model(sys.argv[1], compile=False)
+assert not any(name.startswith("tfprivacy_ft") for name in sys.modules)
+print(float(np.sum(model.get_weights()[0])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+def test_saved_models_load_in_plain_keras(tmp_path, suffix):
+    model = small_model()
+    model.compile(DPKerasAdamOptimizer(0.7, 1.1), LOGITS)
+    model.fit(X, Y, verbose=0)
+    path = str(tmp_path / f"model{suffix}")
+    model.save(path)
+    ran = subprocess.run([sys.executable, "-c", LOAD, path], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert float(ran.stdout) == pytest.approx(float(np.sum(model.get_weights()[0])), rel=1e-5)
+
+
+def test_public_classes_have_the_documented_names():
+    assert optimizers.DPKerasAdamOptimizer.__name__ == "DPKerasAdamOptimizer"
+    assert "l2_norm_clip" in (DPKerasAdamOptimizer.__doc__ or "")
+
+
+def test_class_weight_counts_before_the_clip():
+    model = keras.Sequential([layers.Input((6,)), layers.Dense(3)])
+    optimizer = DPKerasSGDOptimizer(0.1, 0.0, learning_rate=1.0, expected_batch_size=1)
+    model.compile(optimizer, LOGITS)
+    before = trainable_values(model)
+    model.fit(X[:10], Y[:10], batch_size=10, class_weight={0: 1e6, 1: 1e6, 2: 1e6}, verbose=0)
+    assert global_norm([b - a for b, a in zip(before, trainable_values(model), strict=True)]) <= 1.0 * (1 + 1e-4)

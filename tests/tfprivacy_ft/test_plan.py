@@ -1,0 +1,268 @@
+"""The plan against dp_accounting: what the ledger says after what really ran, by whatever way it ran."""
+
+import dp_accounting
+import numpy as np
+import pytest
+import tensorflow as tf
+from dp_accounting import pld
+from helpers import CrossEntropy, layers, trainable_values
+
+from tfprivacy_ft import accounting, ledger
+from tfprivacy_ft.callbacks import EpsilonCallback
+from tfprivacy_ft.compute_epsilon import compute_epsilon
+from tfprivacy_ft.errors import DatasetError, InvalidArgumentError, LedgerDamagedError
+from tfprivacy_ft.optimizers import DPKerasAdamOptimizer, DPKerasSGDOptimizer
+from tfprivacy_ft.plan import PrivacyPlan
+
+N, BATCH, DELTA = 120, 20, 1e-4
+X = np.random.default_rng(0).normal(size=(N, 5)).astype(np.float32)
+Y = np.random.default_rng(1).integers(0, 3, N)
+
+
+def make_plan(**changes):
+    settings = {"num_examples": N, "batch_size": BATCH, "epochs": 3, "delta": DELTA, "noise_multiplier": 2.0}
+    return PrivacyPlan(**{**settings, **changes})
+
+
+def make_model(plan, **compile_options):
+    model = tf.keras.Sequential([layers.Input((5,)), layers.Dense(3)])
+    optimizer = plan.optimizer(DPKerasSGDOptimizer, l2_norm_clip=1.0, learning_rate=0.1)
+    model.compile(optimizer, CrossEntropy(from_logits=True), **compile_options)
+    return model
+
+
+def poisson_epsilon(steps, noise=2.0):
+    accountant = pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    event = dp_accounting.PoissonSampledDpEvent(BATCH / N, dp_accounting.GaussianDpEvent(noise))
+    return accountant.compose(event, steps).get_epsilon(DELTA)
+
+
+def gaussian_epsilon(releases, noise=2.0):
+    accountant = pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    return accountant.compose(dp_accounting.GaussianDpEvent(noise), releases).get_epsilon(DELTA)
+
+
+def counts(events):
+    return {(e.sampler, e.count, e.participations) for e in events}
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_two_fits_a_batch_and_a_resumed_run_are_accounted_as_what_ran(tmp_path, jit):
+    plan = make_plan()
+    model = make_model(plan, jit_compile=jit)
+    for epochs in (2, 1):
+        model.fit(plan.batches(X, Y), epochs=epochs, callbacks=plan.callbacks(tmp_path), verbose=0)
+    assert plan.epsilon() == pytest.approx(poisson_epsilon(18), rel=1e-4)
+    if not jit:
+        for _ in range(2):
+            model.train_on_batch(X[:7], Y[:7])
+    plan.close()
+
+    resumed = make_plan()
+    again = make_model(resumed, jit_compile=jit)
+    again.fit(resumed.batches(X, Y), epochs=1, callbacks=resumed.callbacks(tmp_path), verbose=0)
+    resumed.close()
+
+    contents = ledger.read(tmp_path)
+    assert counts(contents.events) == {("poisson", 24, 24)} | (set() if jit else {("unknown", 2, 2)})
+    assert contents.unsettled == 0
+    report = compute_epsilon(tmp_path)
+    spent = {account.relation: account.epsilon for account in report.accounts}
+    assert spent["add_or_remove_one"] == pytest.approx(poisson_epsilon(24), rel=1e-4)
+    if not jit:
+        assert spent["zero_out"] == pytest.approx(gaussian_epsilon(2), rel=1e-3)
+
+
+def test_epsilon_is_in_history_and_grows_with_the_epochs(tmp_path):
+    plan = make_plan()
+    model = make_model(plan)
+    history = model.fit(plan.batches(X, Y), epochs=3, callbacks=plan.callbacks(tmp_path), verbose=0).history
+    expected = [poisson_epsilon(6 * epoch) for epoch in (1, 2, 3)]
+    np.testing.assert_allclose(history["epsilon"], expected, rtol=1e-4)
+    assert "poisson" in str(plan.report()).lower()
+
+
+def test_arrays_given_to_fit_are_shuffled_passes_without_amplification(tmp_path):
+    plan = make_plan()
+    model = make_model(plan)
+    model.fit(X, Y, batch_size=BATCH, epochs=2, callbacks=plan.callbacks(tmp_path), verbose=0)
+    assert counts(plan.ledger.events()) == {("shuffled", 12, 2)}
+    assert plan.epsilon() == pytest.approx(gaussian_epsilon(2), rel=1e-3)
+
+
+@pytest.mark.parametrize("way", ["own_dataset", "repeated", "steps_per_epoch", "other_plan", "generator"])
+def test_batches_that_nobody_vouches_for_count_every_example_in_every_step(way):
+    plan, arguments = make_plan(), {}
+    model = make_model(plan)
+    batches = plan.batches(X, Y)
+    if way == "own_dataset":
+        batches = tf.data.Dataset.from_tensor_slices((X, Y)).batch(BATCH)
+    elif way == "repeated":
+        batches = batches.repeat(1)
+    elif way == "steps_per_epoch":
+        arguments["steps_per_epoch"] = 6
+    elif way == "other_plan":
+        batches = make_plan(batch_size=21).batches(X, Y)
+    else:
+        batches = ((X[i : i + 20], Y[i : i + 20]) for i in range(0, N, 20))
+    model.fit(batches, callbacks=plan.callbacks(), verbose=0, **arguments)
+    assert counts(plan.ledger.events()) == {("unknown", 6, 6)}
+
+
+def test_steps_are_reserved_before_they_run(tmp_path):
+    plan = make_plan(steps_per_block=4)
+    model = make_model(plan)
+    seen = []
+
+    class Look(tf.keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            reserved = sum(e.count for e in ledger.read(tmp_path).events)
+            seen.append((self.model.optimizer.privacy_steps, reserved))
+
+    model.fit(plan.batches(X, Y), callbacks=[*plan.callbacks(tmp_path), Look()], verbose=0)
+    assert len(seen) == 6
+    assert all(done < reserved <= done + 4 for done, reserved in seen)
+
+
+def test_a_run_that_breaks_off_counts_its_whole_block(tmp_path):
+    plan = make_plan(steps_per_block=100)
+    model = make_model(plan)
+
+    class Break(tf.keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(plan.batches(X, Y), callbacks=[*plan.callbacks(tmp_path), Break()], verbose=0)
+    assert sum(e.count for e in ledger.read(tmp_path).events) == 100
+    assert sum(e.count for e in plan.report().accounts[0].events) == 3  # the process that ran them knows
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("steps_per_execution", [1, 4])
+def test_training_stops_at_the_budget_and_changes_nothing_after(jit, steps_per_execution, caplog):
+    target = poisson_epsilon(10) + 1e-6
+    plan = make_plan(target_epsilon=target)
+    model = make_model(plan, jit_compile=jit, steps_per_execution=steps_per_execution)
+    model.fit(plan.batches(X, Y), epochs=9, callbacks=plan.callbacks(), verbose=0)
+    assert model.optimizer.privacy_steps == 10
+    assert plan.epsilon() <= target
+    assert "leaves no room" in caplog.text
+    at_the_limit = trainable_values(model)
+    model.fit(plan.batches(X, Y), epochs=2, callbacks=plan.callbacks(), verbose=0)
+    assert model.optimizer.privacy_steps == 10
+    if jit and steps_per_execution == 1:
+        model.train_on_batch(X[:5], Y[:5])
+    elif steps_per_execution == 1:
+        with pytest.raises(tf.errors.UnknownError, match="BudgetExceededError"):
+            model.train_on_batch(X[:5], Y[:5])
+    for now, then in zip(trainable_values(model), at_the_limit, strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+def test_a_step_that_was_not_reserved_moves_neither_momentum_nor_decay():
+    plan = make_plan()
+    model = tf.keras.Sequential([layers.Input((5,)), layers.Dense(3)])
+    optimizer = plan.optimizer(tf.keras.optimizers.AdamW, l2_norm_clip=1.0, weight_decay=0.5)
+    model.compile(optimizer, CrossEntropy(from_logits=True), jit_compile=True)
+    before = trainable_values(model)
+    model.train_on_batch(X[:5], Y[:5])  # compiled, and no callback to reserve it
+    assert optimizer.privacy_steps == 0 and int(optimizer.iterations) == 0
+    for now, then in zip(trainable_values(model), before, strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+def test_solve_never_gives_less_privacy_than_asked():
+    plan = PrivacyPlan.solve(target_epsilon=2.0, delta=DELTA, num_examples=N, batch_size=BATCH, epochs=3)
+    assert poisson_epsilon(plan.steps, plan.noise_multiplier) <= 2.0
+    assert poisson_epsilon(plan.steps, plan.noise_multiplier * 0.99) > 2.0
+    model = make_model(plan)
+    model.fit(plan.batches(X, Y), epochs=plan.epochs, callbacks=plan.callbacks(), verbose=0)
+    assert model.optimizer.privacy_steps == plan.steps
+
+
+def test_what_was_released_in_memory_moves_to_the_folder(tmp_path):
+    plan = make_plan()
+    model = make_model(plan)
+    model.fit(plan.batches(X, Y), callbacks=plan.callbacks(), verbose=0)
+    model.fit(plan.batches(X, Y), callbacks=plan.callbacks(tmp_path), verbose=0)
+    plan.close()
+    assert counts(ledger.read(tmp_path).events) == {("poisson", 12, 12)}
+
+
+def test_a_loaded_model_goes_on_in_the_same_ledger(tmp_path):
+    plan = make_plan()
+    model = make_model(plan)
+    model.fit(plan.batches(X, Y), callbacks=plan.callbacks(tmp_path / "run"), verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = tf.keras.models.load_model(tmp_path / "model.keras")
+    loaded.fit(plan.batches(X, Y), callbacks=plan.callbacks(tmp_path / "run"), verbose=0)
+    assert counts(plan.ledger.events()) == {("poisson", 12, 12)}
+
+
+def test_zero_noise_is_infinite_epsilon_and_said():
+    with pytest.warns(UserWarning, match="epsilon is infinite"):
+        plan = make_plan(noise_multiplier=0.0)
+    model = make_model(plan)
+    model.fit(plan.batches(X, Y), callbacks=plan.callbacks(), verbose=0)
+    assert plan.epsilon() == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"batch_size": N + 1}, "batch_size=121"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"num_examples": -3}, "num_examples=-3"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"delta": 0}, "delta=0"),
+        ({"delta": float("nan")}, "delta=nan"),
+        ({"noise_multiplier": -1}, "noise_multiplier=-1"),
+        ({"noise_multiplier": float("nan")}, "noise_multiplier=nan"),
+        ({"target_epsilon": -1.0}, "target_epsilon=-1.0"),
+        ({"steps_per_block": 0}, "steps_per_block=0"),
+    ],
+)
+def test_bad_settings_get_one_sentence(changes, sentence):
+    with pytest.raises(InvalidArgumentError, match=sentence):
+        make_plan(**changes)
+
+
+def test_a_large_delta_is_warned_about():
+    with pytest.warns(UserWarning, match="delta"):
+        make_plan(delta=0.5)
+
+
+def test_data_that_the_plan_was_not_made_for_is_refused():
+    with pytest.raises(InvalidArgumentError, match="num_examples=120"):
+        make_plan().batches(X[:50], Y[:50])
+    with pytest.raises(DatasetError):
+        make_plan().batches(X, Y[:50])
+
+
+def test_optimizers_that_the_plan_cannot_vouch_for_are_refused():
+    plan = make_plan()
+    with pytest.raises(InvalidArgumentError, match="not a DP optimizer"):
+        plan.attach(tf.keras.optimizers.SGD())
+    with pytest.raises(InvalidArgumentError, match=r"noise_multiplier=1\.0"):
+        plan.attach(DPKerasAdamOptimizer(1.0, 1.0))
+
+
+def test_a_damaged_ledger_stops_the_run_before_it_starts(tmp_path):
+    plan = make_plan()
+    plan.record_in(tmp_path)
+    plan.close()
+    path = tmp_path / ledger.FILE_NAME
+    path.write_bytes(path.read_bytes().replace(b'"open"', b'"opem"'))
+    with pytest.raises(LedgerDamagedError):
+        make_plan().callbacks(tmp_path)
+
+
+def test_callback_is_a_keras_callback_and_training_metrics_are_noted():
+    plan = make_plan()
+    assert isinstance(plan.callbacks()[0], EpsilonCallback)
+    model = make_model(plan)
+    model.fit(plan.batches(X, Y), callbacks=plan.callbacks(), verbose=0)
+    assert any("training metrics" in note.kind for note in plan.ledger.notes())
+    assert accounting.accounts(plan.ledger.events(), DELTA)[0].releases == 6

@@ -1,0 +1,120 @@
+"""The sampler's law, and what its edge cases do to a training step. False alarms: at most 1e-6 for each test."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import CrossEntropy, compile_for_sum, global_norm, layers, trainable_values
+
+from tfprivacy_ft.errors import DatasetError, InvalidArgumentError
+from tfprivacy_ft.sampling import UNKNOWN, Sampling, poisson_batches
+
+
+def drawn(dataset):
+    return [(x.numpy(), y.numpy(), w.numpy()) for x, y, w in dataset]
+
+
+def test_each_example_takes_part_with_the_same_probability_and_independently():
+    n, q, steps = 40, 0.3, 5000
+    taken = np.zeros([steps, n], int)
+    for step, (x, _, weight) in enumerate(
+        drawn(poisson_batches(np.arange(n), np.zeros(n), batch_size=q * n, steps=steps))
+    ):
+        taken[step, x[weight > 0].astype(int)] += 1
+    assert taken.max() == 1
+    standard_error = np.sqrt(q * (1 - q) / steps)
+    assert np.abs(taken.mean(0) - q).max() < 5.7 * standard_error  # 40 looks at 1.2e-8 each
+    variance = taken.sum(1).var() / (n * q * (1 - q))
+    assert abs(variance - 1) < 5.5 * np.sqrt(2 / steps)  # a fixed batch size would give 0
+    pairs = np.corrcoef(taken.T) - np.eye(n)
+    assert np.abs(pairs).max() < 6.5 / np.sqrt(steps)  # 780 pairs at 8e-11 each
+
+
+def test_every_pass_draws_anew_and_global_seeds_do_not_reach_it():
+    batches = []
+    for _ in range(2):
+        tf.keras.utils.set_random_seed(1)
+        dataset = poisson_batches(np.arange(1000), np.zeros(1000), batch_size=500, steps=1)
+        batches += [set(x.tolist()) for x, _, _ in drawn(dataset)] + [set(x.tolist()) for x, _, _ in drawn(dataset)]
+    assert len({frozenset(b) for b in batches}) == 4
+
+
+def test_rows_stay_together_in_nested_data():
+    x = {"a": np.arange(50), "b": (np.arange(50) * 2.0, np.arange(100).reshape(50, 2))}
+    for batch, y, w in poisson_batches(x, np.arange(50) * 3, batch_size=20, steps=5, sample_weight=np.arange(50)):
+        a = batch["a"].numpy()
+        np.testing.assert_array_equal(batch["b"][0].numpy(), 2 * a)
+        np.testing.assert_array_equal(batch["b"][1].numpy(), np.stack([2 * a, 2 * a + 1], 1))
+        np.testing.assert_array_equal(y.numpy(), 3 * a)
+        np.testing.assert_array_equal(w.numpy(), a)
+
+
+def test_an_empty_draw_is_one_row_of_weight_zero():
+    batches = drawn(poisson_batches(np.ones([10, 3]), np.ones(10), batch_size=1e-9, steps=4))
+    assert len(batches) == 4
+    for x, _, weight in batches:
+        assert x.shape == (1, 3) and not x.any()
+        assert weight.tolist() == [0.0]
+
+
+def test_padding_never_cuts():
+    for x, _, weight in drawn(poisson_batches(np.ones([100, 2]), np.ones(100), batch_size=50, steps=20, pad_to=48)):
+        assert len(x) % 48 == 0
+        assert x[weight > 0].all() and not x[weight == 0].any()
+    sizes = [int(w.sum()) for _, _, w in drawn(poisson_batches(np.ones(100), np.ones(100), batch_size=100, pad_to=8))]
+    assert sizes == [100]
+
+
+@pytest.mark.parametrize("pad_to", [None, 16])
+def test_fit_on_padded_batches_moves_as_without_padding(pad_to):
+    x, y = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32), np.arange(20) % 3
+    model = tf.keras.Sequential([layers.Input((4,)), layers.Dense(3, kernel_initializer="ones")])
+    compile_for_sum(model, CrossEntropy(from_logits=True), 0.1)
+    before = trainable_values(model)
+    model.fit(poisson_batches(x, y, batch_size=20, steps=1, pad_to=pad_to), verbose=0)
+    released = [b - a for b, a in zip(before, trainable_values(model), strict=True)]
+    other = tf.keras.Sequential([layers.Input((4,)), layers.Dense(3, kernel_initializer="ones")])
+    compile_for_sum(other, CrossEntropy(from_logits=True), 0.1)
+    other.fit(x, y, batch_size=20, verbose=0)
+    for r, b, a in zip(released, before, trainable_values(other), strict=True):
+        np.testing.assert_allclose(r, b - a, atol=1e-5)
+
+
+def test_an_empty_draw_is_a_step_that_moves_nothing_but_by_noise():
+    model = tf.keras.Sequential([layers.Input((4,)), layers.Dense(3)])
+    compile_for_sum(model, CrossEntropy(from_logits=True), 0.1)
+    before = trainable_values(model)
+    model.fit(poisson_batches(np.ones([5, 4], "float32"), np.ones(5), batch_size=1e-9, steps=3), verbose=0)
+    assert global_norm([b - a for b, a in zip(before, trainable_values(model), strict=True)]) == 0
+    assert model.optimizer.privacy_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "error", "sentence"),
+    [
+        (np.ones([3, 2]), np.ones(4), DatasetError, r"\[3, 4\] examples"),
+        (np.ones([0, 2]), np.ones(0), DatasetError, "no examples"),
+        (np.float32(1.0), np.ones(1), DatasetError, "first axis"),
+    ],
+)
+def test_bad_data_gets_one_sentence(x, y, error, sentence):
+    with pytest.raises(error, match=sentence):
+        poisson_batches(x, y, batch_size=1)
+
+
+@pytest.mark.parametrize("arguments", [{"batch_size": 11}, {"batch_size": 0}, {"batch_size": float("nan")}])
+def test_bad_batch_sizes_get_one_sentence(arguments):
+    with pytest.raises(InvalidArgumentError, match="batch_size="):
+        poisson_batches(np.ones(10), np.ones(10), **arguments)
+    with pytest.raises(InvalidArgumentError, match="pad_to=0"):
+        poisson_batches(np.ones(10), np.ones(10), batch_size=2, pad_to=0)
+    with pytest.raises(InvalidArgumentError, match="steps=0"):
+        poisson_batches(np.ones(10), np.ones(10), batch_size=2, steps=0)
+
+
+def test_names_in_the_accounts():
+    common = {"noise_multiplier": 1.0, "l2_norm_clip": 1.0}
+    poisson = Sampling("poisson", 100, 0.1).event(7, **common)
+    assert (poisson.sampler, poisson.sampling_probability, poisson.count) == ("poisson", 0.1, 7)
+    shuffled = Sampling("shuffled", 100, pass_length=10).event(25, **common)
+    assert (shuffled.count, shuffled.participations) == (25, 3)
+    assert UNKNOWN.event(5, **common).participations == 5
