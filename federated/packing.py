@@ -1,0 +1,160 @@
+"""Lays out the clients of one round as the tensors that `client_work` trains on.
+
+Promises: the number of shards never varies; each client's batches keep their order and their rows; what only fills up
+repeats a row of the same client and is marked. Knows nothing of models or privacy.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tfprivacy_ft.errors import DatasetError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+__all__ = ["Packer"]
+
+# A message between TFF and its worker holds at most 2 GB.
+_MOST_BYTES = 1_900_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class _Client:
+    """Examples and labels (n, ...) of one client, and which of these rows each of its steps takes."""
+
+    x: np.ndarray
+    y: np.ndarray
+    steps: list[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Packer:
+    """Turns cohorts into shards.
+
+    Args:
+        x_spec, y_spec: One example and one label, without the batch axis.
+        batch_size: Examples per local step, for clients given as arrays.
+        local_epochs: Passes over the examples, for clients given as arrays.
+        shards: Data sets to make of each cohort.
+        clients_at_once: Most clients in one group.
+    """
+
+    x_spec: "tf.TensorSpec"
+    y_spec: "tf.TensorSpec"
+    batch_size: int
+    local_epochs: int
+    shards: int
+    clients_at_once: int
+
+    def pack(self, clients: Sequence[Any], rng: np.random.Generator | None = None) -> list["tf.data.Dataset"]:
+        """Makes the shards of one cohort.
+
+        Args:
+            clients: For each client a pair of arrays (x, y) or a `tf.data.Dataset` of batches; may be empty.
+            rng: Shuffles each client's examples in each pass; by default seeded by the operating system.
+
+        Returns:
+            `shards` data sets of one element (x, y, rows): examples and labels (n, ...) of all clients of the shard,
+            and rows int32 (groups, k, steps, b) as in `client_work.train_side_by_side`.
+
+        Raises:
+            DatasetError: A client has no examples, lengths differ, or shapes or types are not those of the model.
+        """
+        import tensorflow as tf
+
+        if not isinstance(clients, Sequence):
+            raise InvalidArgumentError(
+                f"the clients are a {type(clients).__name__}: give a list with one pair (x, y) or tf.data.Dataset each."
+            )
+        rng = np.random.default_rng() if rng is None else rng
+        # Clients of like length side by side: a group takes as many steps as its longest.
+        cohort = sorted((self._read(client, rng) for client in clients), key=lambda client: -len(client.steps))
+        at_once = max(1, min(self.clients_at_once, math.ceil(len(cohort) / self.shards)))
+        groups = [cohort[i : i + at_once] for i in range(0, len(cohort), at_once)]
+        return [
+            tf.data.Dataset.from_tensors(self._shard(groups[i :: self.shards], at_once)) for i in range(self.shards)
+        ]
+
+    def _read(self, client: Any, rng: np.random.Generator) -> _Client:
+        if isinstance(client, tuple | list) and len(client) == 2:
+            x, y = self._checked(*client)
+            orders = [rng.permutation(len(x)) for _ in range(self.local_epochs)]
+            size = self.batch_size
+            return _Client(x, y, [order[i : i + size] for order in orders for i in range(0, len(x), size)])
+        if not hasattr(client, "as_numpy_iterator"):
+            raise InvalidArgumentError(
+                f"a client is a {type(client).__name__}: give a pair of arrays (x, y) or a tf.data.Dataset of batches."
+            )
+        batches = []
+        for element in client:
+            if not (isinstance(element, tuple | list) and len(element) == 2):
+                raise InvalidArgumentError("a client's tf.data.Dataset has to yield pairs (x, y) of batches.")
+            batches.append(self._checked(*(np.asarray(part) for part in element)))
+        if not batches:
+            raise DatasetError("a client has no examples: leave it out of the cohort.")
+        x, y = (_joined([batch[part] for batch in batches]) for part in (0, 1))
+        ends = np.cumsum([len(batch[0]) for batch in batches])
+        return _Client(x, y, np.split(np.arange(len(x)), ends[:-1]))
+
+    def _checked(self, x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+        x, y = _as(x, self.x_spec, "x"), _as(y, self.y_spec, "y")
+        if len(x) != len(y):
+            raise DatasetError(f"a client has {len(x)} examples and {len(y)} labels: give one label per example.")
+        if not len(x):
+            raise DatasetError("a client has no examples: leave it out of the cohort.")
+        return x, y
+
+    def _shard(self, groups: list[list[_Client]], at_once: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        members = [client for group in groups for client in group]
+        steps = max((len(client.steps) for client in members), default=0)
+        size = max((len(step) for client in members for step in client.steps), default=0)
+        # A padding row stands for a row of the same client; where there is no client, nobody looks at the answer.
+        rows = np.full((len(groups), at_once, steps, size), -1, np.int32)
+        start = 0
+        for g, group in enumerate(groups):
+            for k, client in enumerate(group):
+                rows[g, k] = -start - 1
+                for s, step in enumerate(client.steps):
+                    rows[g, k, s] = -start - 1 - step[0]
+                    rows[g, k, s, : len(step)] = start + step
+                start += len(client.x)
+        if not members:
+            x, y = (np.zeros([0, *(n or 0 for n in spec.shape)], spec.dtype.as_numpy_dtype) for spec in self._specs)
+            return x, y, rows
+        x, y = _joined([client.x for client in members]), _joined([client.y for client in members])
+        if x.nbytes + y.nbytes + rows.nbytes > _MOST_BYTES:
+            raise DatasetError(
+                f"a shard of this cohort holds {x.nbytes + y.nbytes + rows.nbytes:,} bytes, more than TFF can send at "
+                "once: build the process with more shards, or use fewer or shorter clients."
+            )
+        return x, y, rows
+
+    @property
+    def _specs(self) -> tuple["tf.TensorSpec", "tf.TensorSpec"]:
+        return self.x_spec, self.y_spec
+
+
+def _as(values: Any, spec: "tf.TensorSpec", name: str) -> np.ndarray:
+    given, wanted = np.asarray(values), np.dtype(spec.dtype.as_numpy_dtype)
+    shape = tuple(spec.shape)
+    if given.ndim == len(shape) and shape and shape[-1] == 1 and given.shape[1:] == shape[:-1]:
+        given = given[..., np.newaxis]  # one label per row for a model with one output
+    fits = given.ndim == len(shape) + 1 and all(
+        want is None or have == want for have, want in zip(given.shape[1:], shape, strict=True)
+    )
+    if not fits:
+        raise DatasetError(f"{name} of a client has shape {given.shape}: the model takes (n, {str(shape)[1:-1]}).")
+    if given.dtype != wanted and (given.dtype.kind not in "biuf" or (wanted.kind in "iu" and given.dtype.kind == "f")):
+        raise DatasetError(f"{name} of a client is {given.dtype}: the model takes {wanted}.")
+    return given.astype(wanted, copy=False)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    shapes = {part.shape[1:] for part in parts}
+    if len(shapes) > 1:
+        raise DatasetError(f"examples of one round have shapes {sorted(shapes)}: pad them to one shape beforehand.")
+    return np.concatenate(parts)

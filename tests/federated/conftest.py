@@ -1,0 +1,50 @@
+import numpy as np
+import pytest
+
+DIM, CLASSES = 6, 3
+
+
+@pytest.fixture(scope="session")
+def tff():
+    return pytest.importorskip("tensorflow_federated", reason="needs requirements/federated.txt")
+
+
+@pytest.fixture(scope="session")
+def make_process(tff):
+    """Builds a process on a small model; keyword arguments replace these options."""
+    import federated
+    from tfprivacy_ft import models
+
+    def make(build=lambda: models.build_model("mlp", (DIM,), CLASSES, hidden_units=(8,)), **changes):
+        options = {
+            "client_learning_rate": 0.1,
+            "l2_norm_clip": 0.5,
+            "noise_multiplier": 0.0,
+            "expected_clients_per_round": 4,
+            "batch_size": 8,
+        }
+        return federated.build_averaging(build, **{**options, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def noiseless(make_process):
+    return make_process()
+
+
+@pytest.fixture(scope="session")
+def noisy(make_process):
+    return make_process(noise_multiplier=1.5)
+
+
+@pytest.fixture(scope="session")
+def draw_clients():
+    def draw(sizes, seed=0, scale=1.0):
+        rng = np.random.default_rng(seed)
+        return [
+            ((scale * rng.normal(size=(n, DIM))).astype(np.float32), rng.integers(0, CLASSES, n).astype(np.int32))
+            for n in sizes
+        ]
+
+    return draw

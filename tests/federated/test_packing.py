@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from federated.packing import Packer
+from tfprivacy_ft.errors import DatasetError, InvalidArgumentError
+
+
+def packer(**changes):
+    options = {
+        "x_spec": tf.TensorSpec([2], tf.float32),
+        "y_spec": tf.TensorSpec([], tf.int32),
+        "batch_size": 4,
+        "local_epochs": 2,
+        "shards": 2,
+        "clients_at_once": 3,
+    }
+    return Packer(**{**options, **changes})
+
+
+def client(number, size):
+    return np.full((size, 2), number, np.float32), np.arange(size, dtype=np.int32)
+
+
+def unpack(datasets):
+    """Each client's batches of labels, by the client's number."""
+    found = {}
+    for dataset in datasets:
+        ((x, y, rows),) = dataset.as_numpy_iterator()
+        for of_client in rows.reshape(-1, *rows.shape[2:]):
+            steps = [step[step >= 0] for step in of_client]
+            steps = [step for step in steps if len(step)]
+            if steps:
+                numbers = np.unique(x[np.concatenate(steps)])
+                assert len(numbers) == 1  # nobody takes a row of another client
+                padding = of_client[of_client < 0]
+                assert np.all(x[-padding - 1] == numbers[0])
+                found[int(numbers[0])] = [y[step].tolist() for step in steps]
+    return found
+
+
+@pytest.mark.parametrize("clients_at_once", [1, 2, 100])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_each_client_gets_its_own_rows_in_every_pass(clients_at_once, shards):
+    sizes = {1: 1, 2: 9, 3: 4, 4: 5, 5: 13}
+    datasets = packer(shards=shards, clients_at_once=clients_at_once).pack([client(i, n) for i, n in sizes.items()])
+    assert len(datasets) == shards
+    found = unpack(datasets)
+    for number, size in sizes.items():
+        steps = found[number]
+        assert [len(step) for step in steps] == 2 * ([4] * (size // 4) + ([size % 4] if size % 4 else []))
+        half = len(steps) // 2
+        for one_pass in (steps[:half], steps[half:]):
+            assert sorted(row for step in one_pass for row in step) == list(range(size))
+
+
+def test_data_sets_keep_their_batches():
+    x, y = client(7, 10)
+    found = unpack(packer().pack([tf.data.Dataset.from_tensor_slices((x, y)).batch(3), client(8, 2)]))
+    assert found[7] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+
+
+@pytest.mark.parametrize("clients", [[], [client(1, 5)]])
+def test_every_cohort_gives_the_same_number_of_shards(clients):
+    assert len(packer(shards=5).pack(clients)) == 5
+
+
+def test_labels_of_rank_one_fit_a_model_with_one_output():
+    datasets = packer(y_spec=tf.TensorSpec([1], tf.float32)).pack([client(1, 3)])
+    assert datasets[0].element_spec[1].shape == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ((np.zeros((3, 5)), np.zeros(3, int)), r"x of a client has shape \(3, 5\)"),
+        ((np.zeros((3, 2)), np.zeros(4, int)), "3 examples and 4 labels"),
+        ((np.zeros((0, 2)), np.zeros(0, int)), "no examples"),
+        ((np.zeros((3, 2)), np.zeros(3, float)), "y of a client is float64"),
+        ((np.array([["a", "b"]]), np.zeros(1, int)), "x of a client is <U1"),
+        (tf.data.Dataset.from_tensor_slices(client(1, 4)).batch(2).take(0), "no examples"),
+    ],
+)
+def test_bad_clients_are_refused_by_what_is_wrong(bad, says):
+    with pytest.raises(DatasetError, match=says):
+        packer().pack([client(1, 3), bad])
+
+
+@pytest.mark.parametrize("bad", [client(1, 3), 7])
+def test_a_cohort_that_is_no_list_of_clients_is_refused(bad):
+    with pytest.raises(InvalidArgumentError):
+        packer().pack([bad] if bad == 7 else {"x": bad})
