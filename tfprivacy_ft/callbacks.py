@@ -27,34 +27,26 @@ class EpsilonCallback(keras.callbacks.Callback):
         self._plan = plan
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Finds out how batches are drawn."""
+        """Finds out how batches are drawn, and that the budget has room for one."""
         self._recorder = self._plan.recorder(self.model.optimizer)
         self._recorder.use(self._plan.sampling_of(fit_arguments(self.model)))
-        self._recorder.refuses_quietly = True
-        self._recorder.reserve()  # the first look at the budget takes a second, the others none
-        self._steps, self._left = steps_per_execution(self.model), 0
+        self._steps = steps_per_execution(self.model)
         self._plan.ledger.note(
             "training metrics", "loss and metrics of the training data were shown without noise while training."
         )
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Has the coming steps reserved before they run."""
-        if self._left < self._steps:
-            self._recorder.reserve(self._steps)
-            self._left = self._recorder.steps_left
+        self._recorder.announce(self._steps)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Stops once not one more step fits into the budget."""
-        self._left -= self._steps
-        if self._left <= 0 and not self._recorder.reserve(1):
+        if not self._recorder.has_room():
             self.model.stop_training = True
-        elif self._left <= 0:
-            self._left = self._recorder.steps_left
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Settles the epoch and shows its epsilon."""
         epsilon = self._plan.epsilon()
-        self._left = 0
         if logs is not None:
             logs["epsilon"] = epsilon
         planned = (self.params or {}).get("epochs") or 0
@@ -67,4 +59,3 @@ class EpsilonCallback(keras.callbacks.Callback):
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """What comes after `fit` is accounted as unknown batches, until another `fit` says otherwise."""
         self._recorder.use(UNKNOWN)
-        self._recorder.refuses_quietly = False

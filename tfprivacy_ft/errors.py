@@ -1,6 +1,7 @@
 """Every error this project raises on purpose, each with one sentence: what was given, what is allowed, what to do.
 
-The text of an error lives where it is raised; only the types live here.
+The text of an error lives where it is raised; only the types live here. Those that are raised while Keras traces a
+training step derive from no other built-in error: TensorFlow would wrap them in an error of its own.
 """
 
 
@@ -16,7 +17,7 @@ class UnsupportedModelError(PrivacyError):
     """The model, its loss or the way it is trained cannot be made private; the text names the layer and the fix."""
 
 
-class RawGradientsError(PrivacyError, TypeError):
+class RawGradientsError(PrivacyError):
     """Gradients that were neither clipped nor noised reached a DP optimizer."""
 
 

@@ -121,6 +121,7 @@ OptimizerHook = _Keras3Hook if IS_KERAS_3 else _Keras2Hook
 
 def _raw_gradients() -> RawGradientsError:
     return RawGradientsError(
-        "apply_gradients was given gradients that this DP optimizer did not clip and noise: train with model.fit or "
-        "train_on_batch, or call optimizer.minimize on a loss inside a tf.function."
+        "apply_gradients was given gradients that are not what this DP optimizer clipped and noised: train with model.fit "
+        "or train_on_batch, with no LossScaleOptimizer around it (mixed_bfloat16 needs none, mixed_float16 is not "
+        "supported), or call optimizer.minimize on a loss inside a tf.function."
     )

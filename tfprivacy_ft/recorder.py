@@ -24,6 +24,10 @@ _LARGEST_BLOCK = 10_000
 class Recorder:
     """Keeps the ledger of one optimizer's private steps.
 
+    While `fit` runs, its callback vouches for the batches: it says before each execution that it comes, and only that
+    many steps are let through. A step that nobody announced (`train_on_batch`, a loop of one's own, what follows a `fit`
+    that broke off) is reserved from inside the graph, as one on an unknown batch.
+
     Args:
       guard: the optimizer's step counter.
       ledger: gives the ledger to write; asked each time, since a run may move from memory to a folder.
@@ -48,20 +52,39 @@ class Recorder:
         self._steps_per_block = steps_per_block
         self._sampling = UNKNOWN
         self._open: list[int] = []  # reservations that are not settled
-        self._started = self._limit = guard.done  # the steps that they cover
+        # Step counts: where those reservations begin, up to where they reach, up to where steps are let through.
+        self._started = self._reserved = self._allowed = guard.done
         self._last_block: tuple[float, int] | None = None
-        self.refuses_quietly = False  # what happens beyond the budget: steps without effect, or an error
-        guard.attach(self.reserve_from)
-
-    @property
-    def steps_left(self) -> int:
-        """Reserved steps that have not run."""
-        return self._limit - self._guard.done
+        self._out_of_budget = False
+        guard.attach(self._unannounced)
 
     def use(self, sampling: Sampling) -> None:
-        """From the next step on batches are drawn like this; what was reserved before is settled."""
+        """From the next step on batches are drawn like this; what was reserved before is settled.
+
+        Raises:
+          BudgetExceededError: the budget has no room for a single such step.
+        """
         self.settle()
         self._sampling = sampling
+        if sampling != UNKNOWN:
+            try:
+                self._reserve(1)
+            except BaseException:
+                self._sampling = UNKNOWN
+                raise
+
+    def announce(self, steps: int) -> None:
+        """Lets the next `steps` steps through, or as many of them as the budget allows."""
+        missing = self._allowed + steps - self._reserved
+        if missing > 0 and self._room() > 0:
+            self._reserve(missing)
+        self._allowed = min(self._allowed + steps, self._reserved)
+        self._guard.allow_until(self._allowed)
+
+    def has_room(self) -> bool:
+        """Whether the budget allows a step after those let through."""
+        self._out_of_budget = self._allowed >= self._reserved and self._room() <= 0
+        return not self._out_of_budget
 
     def settle(self) -> None:
         """Replaces what was reserved by what ran."""
@@ -69,56 +92,47 @@ class Recorder:
         if self._open:
             ran = done - self._started
             self._ledger().settle(self._open, self._event(self._sampling, ran) if ran else None)
-        self._open, self._last_block = [], None
-        self._started = self._limit = done
+        self._open, self._last_block, self._out_of_budget = [], None, False
+        self._started = self._reserved = self._allowed = done
         self._guard.allow_until(done)
 
-    def reserve(self, at_least: int = 1) -> bool:
-        """Sees that the next `at_least` steps are reserved; False if the budget does not allow even one."""
-        if self.steps_left < at_least:
-            self._guard.allow_until(self.reserve_from(self._guard.done, at_least))
-        return self.steps_left > 0
-
-    def reserve_from(self, done: int, at_least: int = 1) -> int:
-        """Reserves the next block of steps, or what the budget has left of it.
-
-        Args:
-          done: the steps that ran.
-          at_least: the fewest steps to reserve, budget allowing.
-
-        Returns:
-          The new number of steps up to which running is allowed.
+    def _unannounced(self, done: int) -> int:
+        """Called from the graph before a step that was not let through: the steps to let through, unknown batches all.
 
         Raises:
-          BudgetExceededError: not one more step fits, and it was not asked to refuse quietly.
+          BudgetExceededError: not one such step fits into the budget.
           LedgerError: the reservation could not be written.
         """
-        steps = min(max(self._block(done), at_least), self._room())
+        if self._out_of_budget:
+            return done  # `fit` has been told to stop, and the rest of its execution changes nothing
+        self.settle()
+        self._sampling = UNKNOWN
+        self._reserve(1)
+        self._allowed = self._reserved
+        return self._allowed
+
+    def _reserve(self, at_least: int) -> None:
+        """Writes the next block of steps to the ledger, or what the budget has left of it."""
+        steps = min(max(self._block(), at_least), self._room())
         if steps <= 0:
-            if self.refuses_quietly:
-                return self._limit
             raise BudgetExceededError(
                 f"epsilon {self._target} at delta {self._delta} leaves no room for a step with {self._sampling.sampler} "
-                f"batches after {done} steps: nothing was released; stop here, or plan for a larger epsilon."
+                f"batches after {self._guard.done} steps: nothing was released; stop here, or plan for a larger epsilon."
             )
-        reservation = self._ledger().reserve(self._event(self._sampling, steps))
-        if not self._open:
-            self._started = self._limit = done
-        self._open.append(reservation)
-        self._limit += steps
-        return self._limit
+        self._open.append(self._ledger().reserve(self._event(self._sampling, steps)))
+        self._reserved += steps
 
-    def _block(self, done: int) -> int:
+    def _block(self) -> int:
         """Steps for about a second, measured from the last block; a whole pass where batches are shuffled."""
         if self._sampling.pass_length:
             return self._sampling.pass_length
         if self._steps_per_block:
             return self._steps_per_block
         now, last = time.monotonic(), self._last_block
-        self._last_block = (now, done)
+        self._last_block = (now, self._reserved)
         if last is None or now <= last[0]:
             return _FIRST_BLOCK
-        return int(min(max((done - last[1]) / (now - last[0]) * _BLOCK_SECONDS, 1), _LARGEST_BLOCK))
+        return int(min(max((self._reserved - last[1]) / (now - last[0]) * _BLOCK_SECONDS, 1), _LARGEST_BLOCK))
 
     def _room(self) -> int:
         """Steps that fit into the target on top of everything reserved or released so far."""

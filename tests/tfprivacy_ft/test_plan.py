@@ -10,7 +10,7 @@ from helpers import CrossEntropy, layers, trainable_values
 from tfprivacy_ft import accounting, ledger
 from tfprivacy_ft.callbacks import EpsilonCallback
 from tfprivacy_ft.compute_epsilon import compute_epsilon
-from tfprivacy_ft.errors import DatasetError, InvalidArgumentError, LedgerDamagedError
+from tfprivacy_ft.errors import BudgetExceededError, DatasetError, InvalidArgumentError, LedgerDamagedError
 from tfprivacy_ft.optimizers import DPKerasAdamOptimizer, DPKerasSGDOptimizer
 from tfprivacy_ft.plan import PrivacyPlan
 
@@ -124,6 +124,14 @@ def test_steps_are_reserved_before_they_run(tmp_path):
     assert all(done < reserved <= done + 4 for done, reserved in seen)
 
 
+def test_a_fit_with_one_forgotten_callback_is_not_taken_for_poisson():
+    plan = make_plan()
+    model = make_model(plan)
+    model.fit(plan.batches(X, Y), verbose=0)
+    plan.settle()
+    assert counts(plan.ledger.events()) == {("unknown", 6, 6)}
+
+
 def test_a_run_that_breaks_off_counts_its_whole_block(tmp_path):
     plan = make_plan(steps_per_block=100)
     model = make_model(plan)
@@ -136,7 +144,23 @@ def test_a_run_that_breaks_off_counts_its_whole_block(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         model.fit(plan.batches(X, Y), callbacks=[*plan.callbacks(tmp_path), Break()], verbose=0)
     assert sum(e.count for e in ledger.read(tmp_path).events) == 100
-    assert sum(e.count for e in plan.report().accounts[0].events) == 3  # the process that ran them knows
+    assert counts(plan.report().accounts[0].events) == {("poisson", 3, 3)}  # the process that ran them knows
+
+
+def test_what_follows_a_fit_that_broke_off_is_not_taken_for_poisson(tmp_path):
+    plan = make_plan(steps_per_block=100)
+    model = make_model(plan)
+
+    class Break(tf.keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(plan.batches(X, Y), callbacks=[*plan.callbacks(tmp_path), Break()], verbose=0)
+    model.train_on_batch(X[:5], Y[:5])
+    plan.settle()
+    assert counts(plan.ledger.events()) == {("poisson", 3, 3), ("unknown", 1, 1)}
 
 
 @pytest.mark.parametrize("jit", [False, True])
@@ -150,7 +174,8 @@ def test_training_stops_at_the_budget_and_changes_nothing_after(jit, steps_per_e
     assert plan.epsilon() <= target
     assert "leaves no room" in caplog.text
     at_the_limit = trainable_values(model)
-    model.fit(plan.batches(X, Y), epochs=2, callbacks=plan.callbacks(), verbose=0)
+    with pytest.raises(BudgetExceededError, match="after 10 steps"):
+        model.fit(plan.batches(X, Y), epochs=2, callbacks=plan.callbacks(), verbose=0)
     assert model.optimizer.privacy_steps == 10
     if jit and steps_per_execution == 1:
         model.train_on_batch(X[:5], Y[:5])

@@ -77,10 +77,12 @@ def clipped_sum(loss: tf.Tensor, variables: list[tf.Variable], l2_norm_clip) -> 
     clip = tf.cast(l2_norm_clip, tf.float32)
 
     shares = find_shares(loss, terms.per_example, layouts, batch_size) if terms.per_example else None
+    _refuse_batch_in_state(loss, data)
     contributions, reason = _contributions(loss, variables, shares, layouts, batch_size)
     if contributions is None:
         _refuse_coupling(loss, variables, layouts)
-        _warn_slow(reason, layouts)
+        if data[0].shape[0] != 1:  # one example is as fast one by one
+            _warn_slow(reason, layouts)
         objective = one_by_one.Objective(loss, shares, terms.data_independent)
         sums, norms = one_by_one.clipped_sum(objective, variables, clip, data, layouts)
     else:
@@ -173,6 +175,17 @@ def _refuse_coupling(loss: tf.Tensor, variables: list[tf.Variable], layouts: Lay
             inputs = [t for i, t in enumerate(meeting.op.inputs) if i != meeting.index]
             if any(layouts.of(t) is COUPLED for t in inputs) and meeting.output.shape.rank:
                 raise _coupled(_where_coupled(inputs, layouts))
+
+
+def _refuse_batch_in_state(loss: tf.Tensor, data: list[tf.Tensor]) -> None:
+    """Refuses a variable that the loss reads and that this step's batch is written to: examples meet in it."""
+    readers = ("ReadVariableOp", "ResourceGather")
+    handles = {id(op.inputs[0]) for op in graphs.ancestors([loss]) if op.type in readers}
+    for op in loss.graph.get_operations():
+        if op.type.startswith("Assign") and len(op.inputs) > 1 and id(op.inputs[0]) in handles:
+            sources = {id(t) for o in graphs.ancestors(op.inputs[1:]) for t in o.outputs}
+            if any(id(t) in sources for t in data):
+                raise _coupled(op)
 
 
 def _where_coupled(tensors: list[tf.Tensor], layouts: Layouts) -> tf.Operation:

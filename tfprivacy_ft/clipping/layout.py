@@ -88,9 +88,8 @@ def axis_after_reshape(before: list[int], after: list[int], rows: Rows) -> Rows 
     if math.prod(before[: rows.axis]) != 1:
         return None
     per_example = rows.fold * math.prod(before[rows.axis + 1 :])
-    one_example = before[rows.axis] == rows.fold
     for axis, size in enumerate(after):
-        if size != 1 or one_example:
+        if size != 1:
             inner = math.prod(after[axis + 1 :])
             return Rows(axis, per_example // inner) if inner and per_example % inner == 0 else None
     return None
@@ -106,7 +105,8 @@ class Layouts:
 
     def __init__(self, loss: tf.Tensor, data: list[tf.Tensor]):
         self._layouts: dict[int, Layout] = {id(t): Rows(0) for t in data}
-        self.batch_is_static = all(t.shape[0] is not None for t in data)
+        # A trace for one example is looked at with many, too: where nothing is wider than 1, no axis can be followed.
+        self.batch_is_static = all(t.shape[0] not in (None, 1) for t in data)
         self.batch = data[0].shape[0] if self.batch_is_static else _BATCH
         self._shapes = _shapes(loss, data, self.batch)
         self.first_coupling: tf.Operation | None = None

@@ -393,6 +393,47 @@ def test_golden_case_of_tensorflow_privacy():
     np.testing.assert_allclose(released[0].ravel(), [1.2, 1.6], rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["dense_over_time", "one_channel_images", "masked_embedding", "summed_loss", "lstm"])
+def test_a_batch_of_one_is_exact(name):
+    build, x, y, loss, _ = CASES[name]
+    model = build()
+    each, _ = median_norm(model, loss, x[:1], y[:1])
+    clip = 0.6 * reference.norm(each[0])
+    released = released_sum(model, loss, x[:1], y[:1], clip, static_batch=True)
+    assert_same(released, reference.clipped_sum(each, clip))
+
+
+def test_batch_normalization_is_refused_for_a_batch_of_one():
+    model = sequential((5,), layers.Dense(4), layers.BatchNormalization(name="norm"), layers.Dense(4))
+    with pytest.raises(UnsupportedModelError, match="norm"):
+        released_sum(model, LOGITS, rows(5)[:1], labels()[:1], 1.0, static_batch=True)
+
+
+def test_a_static_batch_needs_no_more_than_the_fast_rules():
+    model = sequential((5,), layers.Dense(4), layers.LayerNormalization(), layers.Dense(4))
+    compile_for_sum(model, LOGITS, 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowClippingWarning)
+        for size in (1, 2, 7):
+            model.train_on_batch(rows(5)[:size], labels()[:size])
+
+
+def test_state_that_the_loss_reads_and_the_batch_writes_is_refused():
+    class RunningMean(layers.Layer):
+        """Centres by a mean that each batch moves: examples reach others through the variable."""
+
+        def build(self, shape):
+            self.mean = self.add_weight(name="mean", shape=(shape[-1],), trainable=False)
+
+        def call(self, inputs):
+            self.mean.assign(0.9 * self.mean + 0.1 * tf.reduce_mean(inputs, 0))
+            return inputs - self.mean
+
+    model = sequential((5,), RunningMean(name="running"), layers.Dense(4))
+    with pytest.raises(UnsupportedModelError, match="running"):
+        released_sum(model, LOGITS, rows(5), labels(), 1.0)
+
+
 def test_eager_loss_is_refused():
     model = sequential((5,), layers.Dense(4))
     model.compile(DPKerasSGDOptimizer(1.0, 0.0), LOGITS, run_eagerly=True)
