@@ -2,8 +2,9 @@
 
 A thin layer over dp_accounting. It promises that epsilon is never under-reported: every approximation here errs to
 the side of more epsilon, and what the solvers return was itself accounted and found within the target. Events of
-different units of privacy, or of different neighbouring relations, do not compose: they are reported side by side
-(`accounts`), never added.
+different units of privacy do not compose, nor do those for replacing one with the others: they are reported side by
+side (`accounts`), never added. Poisson releases are stated for adding or removing one; beside releases for zero-out they
+are stated, at the same epsilon, for zero-out, and compose.
 
 It knows neither TensorFlow nor ledgers; dp_accounting is imported when a sampled event first needs it.
 """
@@ -371,6 +372,10 @@ def _groups(events: Event | Iterable[Event]) -> dict[tuple[Unit, Relation], list
     for event in _as_list(events):
         if event.count > 0:
             groups.setdefault((event.unit, event.relation), []).append(event)
+    for unit in {unit for unit, relation in groups if relation == "zero_out"}:
+        # Under Poisson sampling with a constant denominator, an example that is not there and one that is zero release
+        # the same: what was sampled holds for zero-out too, at the same epsilon, and then it composes.
+        groups[unit, "zero_out"] += groups.pop((unit, "add_or_remove_one"), [])
     return groups
 
 

@@ -4,7 +4,9 @@ import math
 import time
 import warnings
 
+import dp_accounting
 import pytest
+from dp_accounting import pld
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -126,14 +128,25 @@ def test_no_noise_in_fixed_cohorts_is_no_privacy():
 
 
 @pytest.mark.parametrize(
-    "other", [poisson(0.1, 1.0, 1, unit="client"), shuffled(1.0, 1), fixed(1.0, 1, 10, 100)], ids=lambda e: e.sampler
+    "other", [poisson(0.1, 1.0, 1, unit="client"), fixed(1.0, 1, 10, 100)], ids=lambda e: e.sampler
 )
-def test_units_and_relations_are_never_added(other):
+def test_units_and_replaced_examples_are_never_added(other):
     event = poisson(0.1, 1.0, 10)
     for figure in (accounting.epsilon, accounting.epsilon_without_amplification):
         with pytest.raises(UnsupportedEventError, match="do not add up"):
             figure([event, other], 1e-5)
     assert len(accounting.accounts([event, other], 1e-5)) == 2
+
+
+def test_poisson_composes_with_shuffled_under_zero_out():
+    events = [poisson(0.1, 1.0, 10), shuffled(2.0, 3)]
+    accountant = pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    sampled = dp_accounting.PoissonSampledDpEvent(0.1, dp_accounting.GaussianDpEvent(1.0))
+    accountant.compose(sampled, 10).compose(dp_accounting.GaussianDpEvent(2.0), 3)
+    (account,) = accounting.accounts(events, 1e-5)
+    assert account.relation == "zero_out"
+    assert account.epsilon == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-4)
+    assert account.epsilon > max(accounting.epsilon(event, 1e-5) for event in events)
 
 
 def test_zero_counts_do_not_stand_in_the_way():
