@@ -24,6 +24,8 @@ def compile_for_sum(model, loss, l2_norm_clip, **options):
 
 def released_sum(model, loss, x, y, l2_norm_clip, *, static_batch=False, sample_weight=None, **options):
     """The clipped sum that one `fit` step on the whole of x, y released, one array for each trainable variable."""
+    if not model.built:
+        model(x[:1])
     compile_for_sum(model, loss, l2_norm_clip, **options)
     arrays = (x, y) if sample_weight is None else (x, y, sample_weight)
     batches = tf.data.Dataset.from_tensor_slices(arrays).batch(len(y), drop_remainder=static_batch)

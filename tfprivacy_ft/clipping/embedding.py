@@ -1,4 +1,4 @@
-"""ResourceGather: rows of a table looked up by each example, with repeated rows added up before the norm."""
+"""Embedding: rows of a table looked up by each example, with repeated rows added up before the norm."""
 
 import tensorflow as tf
 
@@ -13,16 +13,19 @@ class EmbeddingSite(UseSite):
     @classmethod
     def match(cls, meeting: Meeting) -> "EmbeddingSite | None":
         op = meeting.op
-        if op.type != "ResourceGather" or op.get_attr("batch_dims") or len(meeting.variable_shape) != 2:
+        if op.type not in ("ResourceGather", "GatherV2") or op.get_attr("batch_dims") or meeting.index != 0:
             return None
-        return cls(meeting) if meeting.batch_first(op.inputs[1]) else None
+        if op.type == "GatherV2":
+            by_rows = tf.get_static_value(op.inputs[2]) == 0
+            if not by_rows or tuple(meeting.weight.shape.as_list()) != meeting.variable_shape:
+                return None
+        return cls(meeting) if len(meeting.variable_shape) == 2 and meeting.batch_first(op.inputs[1]) else None
 
     def at(self, gradient: tf.Tensor, batch_size: tf.Tensor) -> Contribution:
-        indices = tf.cast(self.meeting.op.inputs[1], tf.int32)
-        rows = self.meeting.rows(indices_source := self.meeting.op.inputs[1])
-        length = None
-        if rows.fold == 1 and indices_source.shape[1:].is_fully_defined():
-            length = indices_source.shape[1:].num_elements()
+        source = self.meeting.op.inputs[1]
+        indices, rows, length = tf.cast(source, tf.int32), self.meeting.rows(source), None
+        if rows.fold == 1 and source.shape[1:].is_fully_defined():
+            length = source.shape[1:].num_elements()
         vocabulary, width = self.meeting.variable_shape
         tokens = -1 if length is None else length
         indices = tf.reshape(indices, tf.stack([batch_size, tokens]))

@@ -165,9 +165,8 @@ def _gradients_of(loss: tf.Tensor, terms: list[tf.Tensor], variables: list[tf.Va
 
 def _refuse_coupling(loss: tf.Tensor, variables: list[tf.Variable], layouts: Layouts) -> None:
     """Refuses models in which examples see each other before a trainable variable has met them."""
-    for op in loss.graph.get_operations():
-        batch_norm = op.type == "FusedBatchNormV3" and layouts.of(op.outputs[0]) is COUPLED
-        if batch_norm or "AssignMovingAvg" in op.name:  # statistics of the batch, kept in variables without noise
+    for op in graphs.ancestors([loss]):
+        if op.type == "FusedBatchNormV3" and layouts.of(op.outputs[0]) is COUPLED:
             raise _coupled(op)
     upstream = set(graphs.ancestors([loss]))
     for variable in variables:
@@ -178,14 +177,22 @@ def _refuse_coupling(loss: tf.Tensor, variables: list[tf.Variable], layouts: Lay
 
 
 def _refuse_batch_in_state(loss: tf.Tensor, data: list[tf.Tensor]) -> None:
-    """Refuses a variable that the loss reads and that this step's batch is written to: examples meet in it."""
-    readers = ("ReadVariableOp", "ResourceGather")
-    handles = {id(op.inputs[0]) for op in graphs.ancestors([loss]) if op.type in readers}
+    """Refuses layers that write this step's batch to a variable, where examples meet, and leave without noise.
+
+    Metrics, whose variables belong to no layer and are read by no loss, are let be.
+    """
+    upstream = graphs.ancestors([loss])
+    handles = {id(op.inputs[0]) for op in upstream if op.type in ("ReadVariableOp", "ResourceGather")}
+    layers = {graphs.layer_of(op) for op in upstream if "/" in op.name}
     for op in loss.graph.get_operations():
-        if op.type.startswith("Assign") and len(op.inputs) > 1 and id(op.inputs[0]) in handles:
-            sources = {id(t) for o in graphs.ancestors(op.inputs[1:]) for t in o.outputs}
-            if any(id(t) in sources for t in data):
-                raise _coupled(op)
+        if not (op.type.startswith("Assign") and len(op.inputs) > 1):
+            continue
+        of_layer = "/" in op.name and graphs.layer_of(op) in layers
+        if not (of_layer or id(op.inputs[0]) in handles):
+            continue
+        sources = {id(t) for o in graphs.ancestors(op.inputs[1:]) for t in o.outputs}
+        if any(id(t) in sources for t in data):
+            raise _coupled(op)
 
 
 def _where_coupled(tensors: list[tf.Tensor], layouts: Layouts) -> tf.Operation:
