@@ -12,6 +12,8 @@ from tfprivacy_ft.errors import RawGradientsError, UnsupportedModelError
 keras: Any = tf.keras
 IS_KERAS_3 = int(importlib.metadata.version("keras").partition(".")[0]) >= 3
 
+LOSS_SCOPE = "compile_loss"  # in which Keras 3 computes losses, and keeps the means that it shows of them
+
 
 def inside_xla() -> bool:
     """Whether the graph under construction is compiled by XLA (`jit_compile=True`)."""

@@ -12,6 +12,7 @@ import warnings
 
 import tensorflow as tf
 
+from tfprivacy_ft import keras_compat
 from tfprivacy_ft.clipping import graph as graphs
 from tfprivacy_ft.clipping import one_by_one
 from tfprivacy_ft.clipping.broadcast import ScaleSite, ShiftSite
@@ -183,7 +184,7 @@ def _refuse_batch_in_state(loss: tf.Tensor, data: list[tf.Tensor]) -> None:
     """
     upstream = graphs.ancestors([loss])
     handles = {id(op.inputs[0]) for op in upstream if op.type in ("ReadVariableOp", "ResourceGather")}
-    layers = {graphs.layer_of(op) for op in upstream if "/" in op.name}
+    layers = {graphs.layer_of(op) for op in upstream if "/" in op.name} - {keras_compat.LOSS_SCOPE}
     for op in loss.graph.get_operations():
         if not (op.type.startswith("Assign") and len(op.inputs) > 1):
             continue
