@@ -115,9 +115,11 @@ class Recorder:
         """Writes the next block of steps to the ledger, or what the budget has left of it."""
         steps = min(max(self._block(), at_least), self._room())
         if steps <= 0:
+            spent = max((a.epsilon for a in accounting.accounts(self._ledger().events(), self._delta)), default=0.0)
             raise BudgetExceededError(
-                f"epsilon {self._target} at delta {self._delta} leaves no room for a step with {self._sampling.sampler} "
-                f"batches after {self._guard.done} steps: nothing was released; stop here, or plan for a larger epsilon."
+                f"the ledger holds epsilon {spent:.4g} at delta {self._delta}, and the target {self._target} leaves no room "
+                f"for a step with {self._sampling.sampler} batches: stop here, plan for a larger epsilon, or start a run "
+                "in another folder."
             )
         self._open.append(self._ledger().reserve(self._event(self._sampling, steps)))
         self._reserved += steps

@@ -1,0 +1,118 @@
+"""The command `tfprivacy-ft`.
+
+Promises: what is wrong is said in one sentence on stderr, with exit code 2; Ctrl-C ends with exit code 130 and leaves no
+process behind; TensorFlow is imported by the work itself, so that `--help` and a wrong argument answer at once.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import tfprivacy_ft
+from tfprivacy_ft.errors import PrivacyError
+
+__all__ = ["main"]
+
+_EXAMPLES = """\
+examples:
+  A private model on bundled data, central and federated, at epsilon 3 each:
+    tfprivacy-ft demo
+
+  With less privacy spent, in another folder:
+    tfprivacy-ft demo --target-epsilon 1 --run-dir runs/epsilon_1
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command `tfprivacy-ft`.
+
+    Args:
+      argv: the words after the command; None takes those of the process.
+
+    Returns:
+      0; 2 after one sentence on stderr that says what is wrong; 130 after Ctrl-C.
+
+    Raises:
+      SystemExit: the words are no command (code 2), or ask for help or the version (code 0).
+    """
+    options = vars(_parser().parse_args(argv))
+    command: Callable[..., None] = options.pop("run")
+    try:
+        with _warnings_as_sentences(options):
+            command(**options)
+    except PrivacyError as error:
+        sys.stderr.write(f"tfprivacy-ft: {_with_option_names(str(error), options)}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("tfprivacy-ft: interrupted; the ledgers written so far hold at least what was released.\n")
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tfprivacy-ft",
+        description=tfprivacy_ft.__doc__.splitlines()[0] if tfprivacy_ft.__doc__ else None,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {tfprivacy_ft.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="{demo}")
+    _add_demo(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    text = "a private model on bundled data, central and federated, and the epsilon of each"
+    parser = commands.add_parser("demo", help=text, description=f"Trains {text}.", allow_abbrev=False)
+    parser.add_argument(
+        "--run-dir",
+        default="runs/demo",
+        help="folder in which each demo gets a new numbered one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--target-epsilon", type=float, default=3.0, help="budget of each private run, > 0 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--delta", type=float, default=1e-4, help="in (0, 1), well below 1 / number protected (default: %(default)s)"
+    )
+    parser.add_argument("--epochs", type=int, help="epochs of fine-tuning (default: 20, with --small 2)")
+    parser.add_argument("--rounds", type=int, help="federated rounds (default: 15, with --small 2)")
+    parser.add_argument("--small", action="store_true", help="only show that it works; accuracy is poor")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(**options: Any) -> None:
+    # Imported here and not above: `federated` imports this package, and never the other way round at import time. The
+    # demo needs both, so it lives over there, and this command is the only one that reaches for it, when it is called.
+    from federated import demo
+
+    demo.run_demo(demo.DemoSettings.from_options(**options))
+
+
+@contextmanager
+def _warnings_as_sentences(options: Iterable[str]) -> Iterator[None]:
+    """Shows this project's warnings as one line each, without the code that raised them; hides other libraries' own."""
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, UserWarning):
+            sys.stderr.write(f"tfprivacy-ft: warning: {_with_option_names(str(message), options)}\n")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
+
+
+def _with_option_names(sentence: str, options: Iterable[str]) -> str:
+    """The sentence, with options named as they are typed."""
+    for name in sorted(options, key=len, reverse=True):
+        sentence = sentence.replace(f"{name}=", f"--{name.replace('_', '-')} ")
+    return sentence
+
+
+if __name__ == "__main__":
+    sys.exit(main())
