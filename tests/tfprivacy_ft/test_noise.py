@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.stats
 import tensorflow as tf
 from helpers import CrossEntropy, layers, trainable_values
 
@@ -58,6 +59,19 @@ def test_no_value_comes_twice():
     draws = np.concatenate([noise.like(tf.zeros([1000]), 1.0).numpy() for _ in range(20)])
     # 20000 values of 2^23 or more floats: a handful of equal ones is chance, a repeated draw would be 1000.
     assert len(np.unique(draws)) > 19_000
+
+
+def test_the_law_is_normal_also_in_its_tails():
+    draws = GaussianNoise().like(tf.zeros([1000, 1001]), 1.0).numpy().ravel()
+    assert scipy.stats.kstest(draws, "norm").pvalue > 1e-6
+    for bound in (3.0, 4.0):
+        expected = draws.size * 2 * scipy.stats.norm.sf(bound)
+        beyond = np.sum(np.abs(draws) > bound)
+        assert scipy.stats.poisson.cdf(beyond, expected) > 2e-7
+        assert scipy.stats.poisson.sf(beyond - 1, expected) > 2e-7
+    assert 4.0 < np.abs(draws).max() < 8.0
+    halves = np.corrcoef(np.abs(draws[: draws.size // 2]), np.abs(draws[draws.size - draws.size // 2 :]))[0, 1]
+    assert abs(halves) < 5 / np.sqrt(draws.size // 2)  # values drawn as pairs are independent
 
 
 def test_variables_of_equal_shape_get_different_noise():
