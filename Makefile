@@ -1,6 +1,7 @@
 # make demo    a private model on bundled data, and its epsilon
 # make test    everything the CI checks; PYTEST_ARGS=tests/tfprivacy_ft/test_models.py runs some tests only
 # make bench   the benchmarks
+# make mutants breaks one line at a time, and lists what no test noticed
 # make clean   removes what was built; runs/ with its ledgers stays
 #
 # The first call makes .venv with the pinned versions (Python 3.11), and so does one after requirements/ has changed.
@@ -21,7 +22,7 @@ locks := requirements/federated.txt requirements/dev.txt
 stamp := .venv/installed
 pip := $(bin)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench mutants clean
 
 demo: $(stamp)
 	@$(bin)/tfprivacy-ft demo
@@ -41,6 +42,9 @@ endif
 bench: $(stamp)
 	@for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(bin)/python $$script; done
+
+mutants: $(stamp)
+	@$(bin)/python tests/mutants.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,214 @@
+"""Sabotages of clip, noise, sampler and accounts, one line each; every one has to make a test fail.
+
+`make mutants` copies the tree to a temporary folder, breaks one line at a time there, runs the tests that guard it, and
+lists what survived. A survivor is a promise that no test keeps.
+"""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ENGINE = "tests/tfprivacy_ft/clipping/test_engine.py"
+PLAN = "tests/tfprivacy_ft/test_plan.py"
+NOISE = "tests/tfprivacy_ft/test_noise.py"
+
+
+class Mutant(NamedTuple):
+    """One sabotage: what it means, where, which text becomes which, and the tests (file, -k expression) that guard it."""
+
+    meaning: str
+    file: str
+    old: str
+    new: str
+    test: str
+    only: str
+
+
+MUTANTS = (
+    Mutant(
+        "no clip",
+        "clipping/engine.py",
+        "tf.minimum(1.0, clip / tf.maximum(norms, 1e-30))",
+        "tf.ones_like(norms)",
+        ENGINE,
+        "one_example_moves",
+    ),
+    Mutant(
+        "bad rows kept",
+        "clipping/engine.py",
+        "c.keep(finite).weighted_sum",
+        "c.weighted_sum",
+        ENGINE,
+        "bad_example or weight_zero",
+    ),
+    Mutant(
+        "one of several uses counted",
+        "clipping/engine.py",
+        "Instantiated(tf.add_n([part.per_example() for part in parts]))",
+        "parts[0]",
+        ENGINE,
+        "twice or tied",
+    ),
+    Mutant(
+        "coupling allowed",
+        "clipping/engine.py",
+        "        _refuse_coupling(loss, variables, layouts)\n",
+        "",
+        ENGINE,
+        "batch_normalization or mean_over",
+    ),
+    Mutant("mean for sum", "clipping/terms.py", "        return out // batch", "        return out", ENGINE, "dense"),
+    Mutant(
+        "size written in the trace kept",
+        "clipping/terms.py",
+        "return tf.constant(int(value) // batch, constant.dtype)",
+        "return constant",
+        ENGINE,
+        "static_batch",
+    ),
+    Mutant(
+        "term with the batch size dropped",
+        "clipping/terms.py",
+        "told_apart = False  # a regulariser",
+        "pass  # a regulariser",
+        ENGINE,
+        "tells",
+    ),
+    Mutant(
+        "swish differentiated over the batch",
+        "clipping/graph.py",
+        'copy._clear_attr("_gradient_op_type")',
+        "pass",
+        ENGINE,
+        "unusual",
+    ),
+    Mutant(
+        "custom gradients trusted",
+        "clipping/one_by_one.py",
+        "    _check_isolated(body, layouts)\n",
+        "",
+        ENGINE,
+        "custom_gradient",
+    ),
+    Mutant(
+        "noise without the clip",
+        "optimizers.py",
+        "stddev = self.l2_norm_clip * self.noise_multiplier",
+        "stddev = self.noise_multiplier",
+        NOISE,
+        "standard",
+    ),
+    Mutant(
+        "noise from a known key",
+        "noise.py",
+        "os.urandom(24)",
+        "bytes(range(24))",
+        NOISE,
+        "global or processes or restored",
+    ),
+    Mutant(
+        "drawn batch as denominator",
+        "optimizers.py",
+        "tf.where(self.expected_batch_size > 0, self.expected_batch_size, rows)",
+        "rows",
+        "tests/tfprivacy_ft/test_optimizers.py",
+        "expected_batch",
+    ),
+    Mutant(
+        "raw gradients applied",
+        "keras_compat.py",
+        "raise _raw_gradients()",
+        "pass",
+        "tests/tfprivacy_ft/test_optimizers.py",
+        "raw",
+    ),
+    Mutant(
+        "step beyond the reservation",
+        "guard.py",
+        "tf.cond(self._done < self._reserved, lambda",
+        "tf.cond(self._done < self._reserved + 1, lambda",
+        PLAN,
+        "reserved or budget",
+    ),
+    Mutant(
+        "unannounced steps as Poisson",
+        "recorder.py",
+        "        self._sampling = UNKNOWN\n        self._reserve(1)\n",
+        "        self._reserve(1)\n",
+        PLAN,
+        "broke or two_fits",
+    ),
+    Mutant("budget starts afresh", "recorder.py", " - alike * length", "", PLAN, "budget"),
+    Mutant(
+        "sampling probability a tenth off",
+        "sampling.py",
+        "< batch_size / size",
+        "< 1.1 * batch_size / size",
+        "tests/tfprivacy_ft/test_sampling.py",
+        "each_example",
+    ),
+    Mutant(
+        "any batches as Poisson",
+        "plan.py",
+        "if any(x is batches for batches in self._drawn):",
+        "if self._drawn:",
+        PLAN,
+        "nobody",
+    ),
+    Mutant(
+        "replace-one without the factor two",
+        "accounting.py",
+        'return _Release("fixed", noise / 2,',
+        'return _Release("fixed", noise,',
+        "tests/tfprivacy_ft/test_accounting.py",
+        "golden or fixed",
+    ),
+    Mutant(
+        "open reservations not counted",
+        "ledger.py",
+        "*self._settled, *self.outstanding.values()",
+        "*self._settled",
+        "tests/tfprivacy_ft/test_ledger.py",
+        "",
+    ),
+)
+
+
+def survives(mutant: Mutant, tree: pathlib.Path) -> bool:
+    """Whether the tests that guard the line still pass when it is broken."""
+    file = tree / "tfprivacy_ft" / mutant.file
+    source = file.read_text()
+    if source.count(mutant.old) < 1:
+        raise SystemExit(f"{mutant.meaning}: {mutant.old!r} is no longer in {mutant.file}: bring the list up to date.")
+    file.write_text(source.replace(mutant.old, mutant.new))
+    try:
+        command = [sys.executable, "-W", "ignore", "-m", "pytest", "-x", "-q", mutant.test]
+        command += ["-k", mutant.only] if mutant.only else []
+        code = subprocess.run(command, cwd=tree, capture_output=True, text=True).returncode
+    finally:
+        file.write_text(source)
+    if code not in (0, 1):
+        raise SystemExit(f"{mutant.meaning}: pytest ended with {code}: the tests that guard it do not run.")
+    return code == 0
+
+
+def main() -> int:
+    """Runs all mutants; 1 if one survived."""
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree = pathlib.Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info"))
+        for mutant in MUTANTS:
+            alive = survives(mutant, tree)
+            survivors += [mutant.meaning] if alive else []
+            print(f"{'SURVIVED' if alive else 'killed':8}  {mutant.meaning}", flush=True)
+    print(f"{len(MUTANTS) - len(survivors)} killed, {len(survivors)} survived")
+    return bool(survivors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
