@@ -46,6 +46,16 @@ def fit_arguments(model: Any) -> dict[str, Any] | None:
     return None
 
 
+def function_definition(graph: Any, name: str) -> Any:
+    """The definition of a function that ops of `graph` call; None where it cannot be had."""
+    while graph is not None:
+        found = graph._get_function(name)
+        if found is not None:
+            return found.definition if hasattr(found, "definition") else found.function_def
+        graph = getattr(graph, "outer_graph", None)
+    return None
+
+
 def steps_per_execution(model: Any) -> int:
     """How many steps the model's training function runs at once."""
     public = getattr(model, "steps_per_execution", None)

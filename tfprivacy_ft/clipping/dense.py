@@ -34,7 +34,8 @@ class OuterProduct(Contribution):
         self._inputs, self._outputs, self._shape = inputs, outputs, shape
 
     def squared_norms(self) -> tf.Tensor:
-        return tf.reduce_sum(tf.square(self._inputs), 1) * tf.reduce_sum(tf.square(self._outputs), 1)
+        # Squaring one factor alone would underflow where the product does not, and a norm of 0 would not be clipped.
+        return tf.square(_norms(self._inputs) * _norms(self._outputs))
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
         total = tf.matmul(self._inputs, self._outputs * weights[:, None], transpose_a=True)
@@ -45,3 +46,10 @@ class OuterProduct(Contribution):
 
     def keep(self, rows: tf.Tensor) -> Contribution:
         return OuterProduct(keep_rows(self._inputs, rows), keep_rows(self._outputs, rows), self._shape)
+
+
+def _norms(rows: tf.Tensor) -> tf.Tensor:
+    """The l2 norm of each row of [B, n], of whatever magnitude."""
+    largest = tf.reduce_max(tf.abs(rows), 1)
+    scale = tf.where(largest > 0, largest, 1.0)
+    return scale * tf.sqrt(tf.reduce_sum(tf.square(rows / scale[:, None]), 1))

@@ -84,10 +84,13 @@ def clipped_sum(loss: tf.Tensor, variables: list[tf.Variable], l2_norm_clip) -> 
         _refuse_coupling(loss, variables, layouts)
         if data[0].shape[0] != 1:  # one example is as fast one by one
             _warn_slow(reason, layouts)
+        terms = find_terms(loss, layouts, one_by_one=True)
+        shares = find_shares(loss, terms.per_example, layouts, batch_size) if terms.per_example else None
         objective = one_by_one.Objective(loss, shares, terms.data_independent)
         sums, norms = one_by_one.clipped_sum(objective, variables, clip, data, layouts)
     else:
-        sums, norms = _clip_and_sum(contributions, variables, clip, batch_size)
+        real = one_by_one.real_rows(loss, batch_size)
+        sums, norms = _clip_and_sum(contributions, variables, clip, real)
     return ClippedSum(sums, independent, norms, batch_size)
 
 
@@ -130,13 +133,13 @@ def _joined(parts: list[Contribution]) -> Contribution | None:
 
 
 def _clip_and_sum(
-    contributions: list[Contribution | None], variables: list[tf.Variable], clip: tf.Tensor, batch_size: tf.Tensor
+    contributions: list[Contribution | None], variables: list[tf.Variable], clip: tf.Tensor, real: tf.Tensor
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
     used = [c for c in contributions if c is not None]
     squares = [c.squared_norms() for c in used]
-    norms = tf.sqrt(tf.add_n(squares)) if squares else tf.zeros([batch_size])
+    norms = tf.sqrt(tf.add_n(squares)) if squares else tf.zeros(tf.shape(real))
     finite = tf.math.is_finite(norms)
-    weights = tf.where(finite, tf.minimum(1.0, clip / tf.maximum(norms, 1e-30)), 0.0)
+    weights = tf.where(finite & real, tf.minimum(1.0, clip / tf.maximum(norms, 1e-30)), 0.0)
     # Zero times NaN is NaN, so bad rows are blanked; that costs a copy, and is done only where there are any.
     sums = iter(
         tf.cond(
@@ -180,19 +183,17 @@ def _refuse_coupling(loss: tf.Tensor, variables: list[tf.Variable], layouts: Lay
 def _refuse_batch_in_state(loss: tf.Tensor, data: list[tf.Tensor]) -> None:
     """Refuses layers that write this step's batch to a variable, where examples meet, and leave without noise.
 
-    Metrics, whose variables belong to no layer and are read by no loss, are let be.
+    The means that Keras keeps of its losses belong to no layer and are let be, unless the loss reads them.
     """
-    upstream = graphs.ancestors([loss])
-    handles = {id(op.inputs[0]) for op in upstream if op.type in ("ReadVariableOp", "ResourceGather")}
-    layers = {graphs.layer_of(op) for op in upstream if "/" in op.name} - {keras_compat.LOSS_SCOPE}
+    handles = {id(op.inputs[0]) for op in graphs.ancestors([loss]) if op.type in ("ReadVariableOp", "ResourceGather")}
     for op in loss.graph.get_operations():
-        if not (op.type.startswith("Assign") and len(op.inputs) > 1):
+        resources = [t for t in op.inputs if t.dtype == tf.resource]
+        values = [t for t in op.inputs if t.dtype != tf.resource]
+        if not resources or not values or not graphs.writes_state(op):
             continue
-        of_layer = "/" in op.name and graphs.layer_of(op) in layers
-        if not (of_layer or id(op.inputs[0]) in handles):
-            continue
-        sources = {id(t) for o in graphs.ancestors(op.inputs[1:]) for t in o.outputs}
-        if any(id(t) in sources for t in data):
+        of_layer = graphs.scope_of(op) not in ("", keras_compat.LOSS_SCOPE)
+        read = any(id(t) in handles for t in resources)
+        if (of_layer or read) and any(graphs.depends_on(t, data) for t in values):
             raise _coupled(op)
 
 
@@ -215,7 +216,7 @@ def _warn_slow(reason: tf.Operation | None, layouts: Layouts) -> None:
     op = reason or layouts.first_unknown or layouts.first_coupling
     where = f"layer {graphs.layer_of(op)!r} ({op.type})" if op is not None else "the loss"
     warnings.warn(
-        f"{where} has no fast clipping rule: gradients are exact, but taken one example at a time, which is slow.",
+        f"{where} has no fast clipping rule: gradients are exact, but each example is taken alone, which is slow.",
         SlowClippingWarning,
         stacklevel=2,
     )

@@ -4,6 +4,7 @@ A Keras training step is traced once into a TensorFlow graph. What varies by exa
 (the step's data); everything else is a constant, a variable, or a random draw.
 """
 
+import re
 from collections.abc import Iterable
 
 import tensorflow as tf
@@ -33,9 +34,7 @@ def ancestors(tensors: Iterable[tf.Tensor], stop: Iterable[tf.Tensor] = ()) -> l
 
 def layer_of(op: tf.Operation) -> str:
     """The name scope that `op` was made in, which Keras builds from the names of model and layer."""
-    scope = op.name.rpartition("/")[0] or op.name
-    parts = [part for part in scope.split("/") if part not in ("while", "cond", "gradient_tape")]
-    return "/".join(parts[:2]) if parts else op.name
+    return scope_of(op) or op.name
 
 
 def data_tensors(loss: tf.Tensor) -> list[tf.Tensor]:
@@ -73,6 +72,62 @@ def data_tensors(loss: tf.Tensor) -> list[tf.Tensor]:
 
 
 _EAGER = type(tf.constant(0))
+
+
+def has_own_gradient(tensor: tf.Tensor) -> bool:
+    """Whether a Python function is part of the gradient of `tensor`, other than that of swish."""
+    return any("_gradient_op_type" in op.node_def.attr and not keras_compat.is_swish(op) for op in ancestors([tensor]))
+
+
+def depends_on(tensor: tf.Tensor, sources: Iterable[tf.Tensor]) -> bool:
+    """Whether one of `sources` is among what `tensor` is computed from, or is `tensor` itself."""
+    wanted = {id(t) for t in sources}
+    return id(tensor) in wanted or any(id(t) in wanted for op in ancestors([tensor]) for t in op.outputs)
+
+
+def scope_of(op: tf.Operation) -> str:
+    """The name scope of the layer that made `op`; empty for what a training step does outside of its model."""
+    parts = [p for p in op.name.split("/")[:-1] if not re.fullmatch(r"(while|cond|gradient_tape)(_\d+)?", p)]
+    return "/".join(parts[:2])
+
+
+def writes_state(op: tf.Operation) -> bool:
+    """Whether `op` changes a variable, itself or in a function that it calls."""
+    return _is_write(op.type) or any(_function_writes(op.graph, name, set()) for name in _called(op.node_def))
+
+
+_WRITES = ("Assign", "ResourceScatter", "ResourceStridedSliceAssign", "ResourceApply", "ResourceSparseApply")
+
+
+def _is_write(kind: str) -> bool:
+    return kind.startswith(_WRITES)
+
+
+def _called(node) -> list[str]:
+    names = [value.func.name for value in node.attr.values() if value.HasField("func")]
+    return names + [f.name for value in node.attr.values() for f in value.list.func]
+
+
+def _function_writes(graph: tf.Graph, name: str, seen: set[str]) -> bool:
+    if name in seen:
+        return False
+    seen.add(name)
+    definition = keras_compat.function_definition(graph, name)
+    if definition is None:
+        return True  # what cannot be read is taken for the worst
+    nodes = definition.node_def
+    return any(_is_write(n.op) or any(_function_writes(graph, f, seen) for f in _called(n)) for n in nodes)
+
+
+def padding_weights(loss: tf.Tensor) -> tf.Tensor | None:
+    """The step's sample weights, in which a sampler may have marked padding by minus zero; None where there are none."""
+    inner = {id(t) for _, t in loss.graph.captures}
+    parts = [t for t in getattr(loss.graph, "inputs", []) if id(t) not in inner and t.dtype != tf.resource]
+    for op in ancestors([loss]):
+        if op.type == "IteratorGetNext":
+            parts = list(op.outputs)
+    last = parts[-1] if len(parts) >= 3 else None
+    return last if last is not None and last.dtype == tf.float32 and last.shape.rank == 1 else None
 
 
 def is_random(op: tf.Operation) -> bool:

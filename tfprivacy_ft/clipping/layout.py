@@ -22,15 +22,15 @@ from tfprivacy_ft import keras_compat
 from tfprivacy_ft.clipping import graph as graphs
 
 _BATCH = 10_007  # a prime that no layer's width is a multiple of, by any likelihood
-_UNKNOWN_LENGTH = 13  # stands for every other unknown dimension; rules look at divisibility only
+_LENGTHS = (61, 67)  # stand for every other unknown dimension, one after the other: both have to agree
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Axis `axis` has size batch * fold, ordered by example."""
+    """Axis `axis` has size batch * fold, ordered by example; `fold` is None where it depends on an unknown length."""
 
     axis: int
-    fold: int = 1
+    fold: int | None = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +87,7 @@ def axis_after_reshape(before: list[int], after: list[int], rows: Rows) -> Rows 
     """
     if math.prod(before[: rows.axis]) != 1:
         return None
+    assert rows.fold is not None
     per_example = rows.fold * math.prod(before[rows.axis + 1 :])
     for axis, size in enumerate(after):
         if size != 1:
@@ -104,15 +105,15 @@ class Layouts:
     """
 
     def __init__(self, loss: tf.Tensor, data: list[tf.Tensor]):
-        self._layouts: dict[int, Layout] = {id(t): Rows(0) for t in data}
         # A trace for one example is looked at with many, too: where nothing is wider than 1, no axis can be followed.
         self.batch_is_static = all(t.shape[0] not in (None, 1) for t in data)
         self.batch = data[0].shape[0] if self.batch_is_static else _BATCH
-        self._shapes = _shapes(loss, data, self.batch)
-        self.first_coupling: tf.Operation | None = None
-        self.first_unknown: tf.Operation | None = None
-        for op in graphs.ancestors([loss], stop=data):
-            self._visit(op)
+        self.lengths_are_known = all(t.shape[1:].is_fully_defined() for t in data)
+        looks = [_Look(loss, data, self.batch, self.batch_is_static, length) for length in _LENGTHS]
+        first, second = looks[0], looks[0] if self.lengths_are_known else looks[1]
+        self._shapes = first.shapes
+        self._layouts = {key: _agreed(layout, second.layouts[key]) for key, layout in first.layouts.items()}
+        self.first_coupling, self.first_unknown = first.first_coupling, first.first_unknown
 
     def of(self, tensor: tf.Tensor) -> Layout:
         return self._layouts.get(id(tensor), FREE)
@@ -121,16 +122,42 @@ class Layouts:
         """The tensor's shape for a batch of `self.batch` examples, or None where it is not known."""
         return self._shapes.get(id(tensor))
 
+
+def _agreed(one: Layout, other: Layout) -> Layout:
+    """What two looks with different unknown lengths both say."""
+    if isinstance(one, Rows) and isinstance(other, Rows) and one.axis == other.axis:
+        return one if one.fold == other.fold else Rows(one.axis, None)
+    return one if one is other else UNKNOWN
+
+
+class _Look:
+    """One walk over the ops of a loss, with every dimension a number."""
+
+    def __init__(self, loss: tf.Tensor, data: list[tf.Tensor], batch: int, batch_is_static: bool, length: int):
+        self.layouts: dict[int, Layout] = {id(t): Rows(0) for t in data}
+        self.batch, self._batch_is_static = batch, batch_is_static
+        self.shapes = _shapes(loss, data, batch, length)
+        self.first_coupling: tf.Operation | None = None
+        self.first_unknown: tf.Operation | None = None
+        for op in graphs.ancestors([loss], stop=data):
+            self._visit(op)
+
+    def of(self, tensor: tf.Tensor) -> Layout:
+        return self.layouts.get(id(tensor), FREE)
+
+    def shape(self, tensor: tf.Tensor) -> list[int] | None:
+        return self.shapes.get(id(tensor))
+
     def _dims(self, tensor: tf.Tensor) -> list[int]:
         """The shape of an input of an op that a rule looks at, which is known."""
-        return self._shapes[id(tensor)]
+        return self.shapes[id(tensor)]
 
     def _visit(self, op: tf.Operation) -> None:
         layouts = [self.of(t) for t in op.inputs]
         result = self._rule(op, layouts)
         for index, tensor in enumerate(op.outputs):
             layout = result[index] if isinstance(result, list) else result
-            self._layouts[id(tensor)] = self._checked(tensor, layout)
+            self.layouts[id(tensor)] = self._checked(tensor, layout)
         made = self.of(op.outputs[0]) if op.outputs else FREE
         if made is COUPLED and COUPLED not in layouts:
             self.first_coupling = self.first_coupling or op
@@ -141,19 +168,21 @@ class Layouts:
         if not isinstance(layout, Rows):
             return layout
         shape = self.shape(tensor)
-        if shape is None or layout.axis >= len(shape) or shape[layout.axis] != self.batch * layout.fold:
+        if shape is None or layout.axis >= len(shape) or shape[layout.axis] != self.batch * (layout.fold or 0):
             return UNKNOWN
         return layout
 
     def _rule(self, op: tf.Operation, layouts: list[Layout]) -> Layout | list[Layout]:
         if op.type in graphs.SHAPE_OPS:
             return FREE if all(layout is FREE for layout in layouts) else SIZE
-        if graphs.is_random(op):
-            return FREE if all(layout in (FREE, SIZE) for layout in layouts) else UNKNOWN
+        if all(layout is FREE for layout in layouts):
+            return FREE
+        if graphs.is_random(op) and op.type != "RandomShuffle":
+            return self._shaped(op.outputs[0]) if all(layout in (FREE, SIZE) for layout in layouts) else UNKNOWN
         shape_inputs = _SHAPED_BY.get(op.type, set())
         values = [FREE if i in shape_inputs and v is SIZE else v for i, v in enumerate(layouts)]
         if all(layout is FREE for layout in values):
-            return FREE
+            return self._shaped(op.outputs[0])
         if all(layout in (FREE, SIZE) for layout in values):
             return SIZE
         if UNKNOWN in values:
@@ -163,6 +192,16 @@ class Layouts:
         if SIZE in values:
             return UNKNOWN
         return self._data_rule(op, values)
+
+    def _shaped(self, tensor: tf.Tensor) -> Layout:
+        """A value that is independent of the batch but for its shape: rows for each example, or nothing of it."""
+        if self._batch_is_static:
+            return FREE  # sizes of the batch are part of the trace then, and public
+        shape = self.shape(tensor)
+        axes = [i for i, size in enumerate(shape or []) if size % self.batch == 0]
+        if shape is None or len(axes) > 1:
+            return UNKNOWN
+        return Rows(axes[0], shape[axes[0]] // self.batch) if axes else FREE
 
     def _data_rule(self, op: tf.Operation, layouts: list[Layout]) -> Layout | list[Layout]:
         """The rule of an op whose inputs are FREE or Rows, at least one of them Rows."""
@@ -347,7 +386,8 @@ class Layouts:
         """Inference scales each row alone; training takes moments over every axis but the channels."""
         rows = layouts[0]
         channels = 1 if op.get_attr("data_format") == b"NCHW" else len(self._dims(op.inputs[0])) - 1
-        if not all(layout is FREE for layout in layouts[1:]):
+        by_channel = (FREE, Rows(0, rows.fold)) if rows.axis == channels else (FREE,)
+        if not all(layout in by_channel for layout in layouts[1:]):
             return UNKNOWN
         if not op.get_attr("is_training"):
             return rows if rows.axis != channels else UNKNOWN
@@ -369,13 +409,13 @@ def _attribute(op: tf.Operation, name: str, default):
     return op.get_attr(name) if name in op.node_def.attr else default
 
 
-def _shapes(loss: tf.Tensor, data: list[tf.Tensor], batch: int) -> dict[int, list[int]]:
+def _shapes(loss: tf.Tensor, data: list[tf.Tensor], batch: int, length: int) -> dict[int, list[int]]:
     """Every tensor's full shape for a batch of `batch` examples, from a second trace with all dimensions known."""
     scratch = tf.__internal__.FuncGraph("shapes")
     with scratch.as_default():
         feed = []
         for tensor in data:
-            dims = [batch] + [_UNKNOWN_LENGTH if d is None else d for d in tensor.shape.as_list()[1:]]
+            dims = [batch] + [length if d is None else d for d in tensor.shape.as_list()[1:]]
             feed.append((tensor, tf.compat.v1.placeholder(tensor.dtype, dims)))
         feed += [(inner, scratch.capture(inner)) for _, inner in loss.graph.captures]
         fed = {id(old) for old, _ in feed}

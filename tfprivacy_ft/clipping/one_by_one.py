@@ -10,7 +10,7 @@ import dataclasses
 import tensorflow as tf
 
 from tfprivacy_ft.clipping import graph as graphs
-from tfprivacy_ft.clipping.layout import FREE, Layouts
+from tfprivacy_ft.clipping.layout import FREE, SIZE, Layouts
 from tfprivacy_ft.clipping.terms import Share
 from tfprivacy_ft.errors import UnsupportedModelError
 
@@ -55,7 +55,7 @@ def clipped_sum(
     Returns:
       Float32 sums of the variables' shapes, and the norms before the clip, [B].
     """
-    draws = _random_draws(objective.loss, data)
+    draws = _random_draws(objective.loss, data, layouts)
     batch_size = tf.shape(data[0])[0]
     by_row = list(data) + [t for t in draws if _is_by_row(t, layouts)]
     shared = [t for t in draws if not _is_by_row(t, layouts)]
@@ -63,11 +63,16 @@ def clipped_sum(
     # Where the trace has the batch's size written into it, a batch is made of copies of the example.
     copies = layouts.batch if layouts.batch_is_static else 1
 
+    real = real_rows(objective.loss, batch_size)
+    allowed = [*rows, *shared, real, batch_size, *(share.row for share in objective.shares or [])]
+
     def body(index, total, norms):
         example = [(t, tf.gather(r, index)) for t, r in zip(by_row, rows, strict=True)]
-        grads = _gradient_of_one(objective, variables, example, shared, copies, layouts)
+        grads = _gradient_of_one(objective, variables, example, shared, copies)
+        check_isolated(tf.compat.v1.get_default_graph(), data, allowed)
         norm = tf.linalg.global_norm(grads)
-        scale = tf.where(tf.math.is_finite(norm), tf.minimum(1.0, l2_norm_clip / tf.maximum(norm, 1e-30)), 0.0)
+        good = tf.math.is_finite(norm) & tf.gather(real, index)
+        scale = tf.where(good, tf.minimum(1.0, l2_norm_clip / tf.maximum(norm, 1e-30)), 0.0)
         total = [t + tf.where(scale > 0, scale * g, 0.0) for t, g in zip(total, grads, strict=True)]
         return index + 1, total, norms.write(index, norm)
 
@@ -78,7 +83,7 @@ def clipped_sum(
     return total, norms.stack()
 
 
-def _gradient_of_one(objective, variables, example, shared, copies: int, layouts) -> list[tf.Tensor]:
+def _gradient_of_one(objective, variables, example, shared, copies: int) -> list[tf.Tensor]:
     """Float32 gradients of the loss of one example, inside the loop body that is being built."""
     body, loss = tf.compat.v1.get_default_graph(), objective.loss
     feed = [(t, tf.tile(row, [copies] + [1] * (row.shape.rank - 1))) for t, row in example]
@@ -87,17 +92,25 @@ def _gradient_of_one(objective, variables, example, shared, copies: int, layouts
     alone = objective.of_one(feed, copies, body)
     handles = [body.capture(loss.graph.capture(v.handle)) for v in variables]
     gradients = tf.gradients(alone, handles)
-    _check_isolated(body, layouts)
     return [
         tf.zeros(v.shape) if g is None else tf.ensure_shape(tf.cast(tf.convert_to_tensor(g), tf.float32), v.shape)
         for g, v in zip(gradients, variables, strict=True)
     ]
 
 
-def _check_isolated(body, layouts: Layouts) -> None:
+def real_rows(loss: tf.Tensor, batch_size: tf.Tensor) -> tf.Tensor:
+    """[B] bool: False for rows that a sampler made to fill a batch, which it marks by a weight of minus zero."""
+    weights = graphs.padding_weights(loss)
+    if weights is None:
+        return tf.fill([batch_size], True)
+    return tf.bitcast(weights, tf.int32) != tf.int32.min
+
+
+def check_isolated(body, data: list[tf.Tensor], allowed: list[tf.Tensor]) -> None:
     """A custom gradient is a Python function that may hold tensors of the whole batch; then it is no example's own."""
+    fine = {id(t) for t in allowed}
     for outer, _ in body.captures:
-        if layouts.of(outer) is not FREE:
+        if id(outer) not in fine and graphs.depends_on(outer, data):
             raise UnsupportedModelError(
                 f"layer {graphs.layer_of(outer.op)!r} has a custom gradient that reads the whole batch, so one example's "
                 "gradient cannot be told apart: write it with ops that TensorFlow differentiates itself."
@@ -110,8 +123,20 @@ def _by_example(tensor: tf.Tensor, batch_size: tf.Tensor) -> tf.Tensor:
     return tf.reshape(tensor, tf.concat([[batch_size, shape[0] // batch_size], shape[1:]], 0))
 
 
-def _random_draws(loss: tf.Tensor, data: list[tf.Tensor]) -> list[tf.Tensor]:
-    return [t for op in graphs.ancestors([loss], stop=data) if graphs.is_random(op) for t in op.outputs]
+def _random_draws(loss: tf.Tensor, data: list[tf.Tensor], layouts: Layouts) -> list[tf.Tensor]:
+    """What the forward pass drew at random; refuses draws that are made of the batch, such as a shuffle of it."""
+    found = []
+    for op in graphs.ancestors([loss], stop=data):
+        if not graphs.is_random(op):
+            continue
+        sizes = (FREE,) if op.type == "RandomShuffle" else (FREE, SIZE)
+        if any(layouts.of(t) not in sizes for t in op.inputs):
+            raise UnsupportedModelError(
+                f"layer {graphs.layer_of(op)!r} ({op.type}) draws at random from the whole batch, which lets one example see "
+                "the others: draw for each example from its own values, or shuffle before batches are made."
+            )
+        found.extend(op.outputs)
+    return found
 
 
 def _is_by_row(draw: tf.Tensor, layouts: Layouts) -> bool:

@@ -111,11 +111,10 @@ def keep_rows(tensor: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
 
 
 def by_example(tensor: tf.Tensor, rows: Rows, batch_size: tf.Tensor) -> tf.Tensor:
-    """[B * fold, ...] -> float32 [B, fold, ...]."""
+    """[B * fold, ...] -> float32 [B, fold, ...]; fails when run if the rows are not the batch times `fold`."""
     tensor = tf.cast(tensor, tf.float32)
-    if rows.fold == 1:
-        return tensor[:, None]
-    return tf.reshape(tensor, tf.concat([[batch_size, tf.shape(tensor)[0] // batch_size], tf.shape(tensor)[1:]], 0))
+    fold = tf.shape(tensor)[0] // batch_size if rows.fold is None else rows.fold
+    return tf.reshape(tensor, tf.concat([tf.stack([batch_size, fold]), tf.shape(tensor)[1:]], 0))
 
 
 def find_meetings(

@@ -34,10 +34,18 @@ class Terms:
     data_independent: list[tf.Tensor]
 
 
-def find_terms(loss: tf.Tensor, layouts: Layouts) -> Terms:
-    """Splits the scalar `loss` into terms of single examples and data-independent terms."""
+def find_terms(loss: tf.Tensor, layouts: Layouts, *, one_by_one: bool = False) -> Terms:
+    """Splits the scalar `loss` into terms of single examples and data-independent terms.
+
+    Args:
+      loss: the scalar loss.
+      layouts: the layouts of the trace.
+      one_by_one: whether examples will be replayed alone, so that a tensor with rows for each example needs no proof
+        that the rows do not see each other.
+    """
     per_example: list[tf.Tensor] = []
     independent: list[tf.Tensor] = []
+    stopped: list[tf.Tensor] = []
     told_apart = True
     seen: set[tuple[int, bool]] = set()
     stack = [(loss, False)]
@@ -51,16 +59,27 @@ def find_terms(loss: tf.Tensor, layouts: Layouts) -> Terms:
             independent.append(tensor)
         elif layout in (FREE, SIZE):
             told_apart = False  # a regulariser times the number of examples would tell that number
-        elif isinstance(layout, Rows):
-            told_apart = told_apart and layout.axis == 0
+        elif isinstance(layout, Rows) or (one_by_one and _has_rows(tensor, layouts)):
+            told_apart = told_apart and (not isinstance(layout, Rows) or layout.axis == 0)
             per_example.append(tensor)
         elif _is_sum_of_squares(tensor, layouts):
             per_example.append(tensor)
         else:
             parts, sized = _linear_parts(tensor.op, layouts)
             told_apart = told_apart and parts is not None
+            stopped += [tensor] if parts is None else []
             stack.extend((part, scaled_by_size or sized) for part in parts or [])
-    return Terms(per_example if told_apart and per_example else None, independent)
+    # A term that data terms are made of too (a learned weight of the loss) is no regulariser, nor is one whose gradient
+    # is a Python function, which may look at the batch: they stay with the examples, inside the clip.
+    behind = {id(t) for op in graphs.ancestors([*per_example, *stopped]) for t in op.outputs}
+    separate = [t for t in independent if id(t) not in behind and not graphs.has_own_gradient(t)]
+    told_apart = told_apart and len(separate) == len(independent)
+    return Terms(per_example if told_apart and per_example else None, separate)
+
+
+def _has_rows(tensor: tf.Tensor, layouts: Layouts) -> bool:
+    shape = layouts.shape(tensor)
+    return shape is not None and len(shape) > 0 and shape[0] % layouts.batch == 0
 
 
 def _is_sum_of_squares(tensor: tf.Tensor, layouts: Layouts) -> bool:
@@ -140,7 +159,7 @@ def find_shares(loss: tf.Tensor, terms: list[tf.Tensor], layouts: Layouts, batch
 
 def _of_one_example(term: tf.Tensor, layouts: Layouts, batch_size: tf.Tensor) -> tf.Tensor:
     """Zeros with the shape that `term` has in a batch of one example."""
-    if not isinstance(layouts.of(term), Rows):
+    if term.shape.rank == 0:
         return tf.zeros([], term.dtype)
     shape = tf.shape(term)
     return tf.zeros(tf.concat([[shape[0] // batch_size], shape[1:]], 0), term.dtype)
