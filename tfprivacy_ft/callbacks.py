@@ -30,18 +30,17 @@ class EpsilonCallback(keras.callbacks.Callback):
         """Finds out how batches are drawn, and that the budget has room for one."""
         self._recorder = self._plan.recorder(self.model.optimizer)
         self._recorder.use(self._plan.sampling_of(fit_arguments(self.model)))
-        self._steps = steps_per_execution(self.model)
         self._plan.ledger.note(
             "training metrics", "loss and metrics of the training data were shown without noise while training."
         )
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Has the coming steps reserved before they run."""
-        self._recorder.announce(self._steps)
+        self._recorder.announce(steps_per_execution(self.model))
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Stops once not one more step fits into the budget."""
-        if not self._recorder.has_room():
+        if not self._recorder.finished():
             self.model.stop_training = True
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:

@@ -21,17 +21,19 @@ class StepGuard:
         with tf.init_scope():
             self._done = tf.Variable(0, dtype=tf.int64, trainable=False, name="private_steps_done")
             self._reserved = tf.Variable(_UNLIMITED, dtype=tf.int64, trainable=False, name="private_steps_reserved")
+            self._refused = tf.Variable(0, dtype=tf.int64, trainable=False, name="private_steps_refused")
         self._reserve: Callable[[int], int] | None = None
 
     @property
     def done(self) -> int:
-        """Private steps that ran."""
+        """Private steps that were released."""
         return int(self._done)
 
-    @property
-    def reserved(self) -> int:
-        """The number of steps up to which running is allowed."""
-        return int(self._reserved)
+    def take_refused(self) -> int:
+        """Steps that were not let through since this was last asked."""
+        refused = int(self._refused)
+        self._refused.assign_sub(refused)
+        return refused
 
     def attach(self, reserve: Callable[[int], int]) -> None:
         """From now on steps need a reservation.
@@ -47,11 +49,19 @@ class StepGuard:
         """Moves the limit: steps up to `limit` have been reserved."""
         self._reserved.assign(limit)
 
-    def run(self, update: Callable[[], None]) -> None:
-        """Adds to the graph under construction: reserve if needed, then `update` and count, or nothing at all."""
+    def enter(self) -> tf.Tensor:
+        """Adds to the graph under construction: reserve if needed, then count; a bool, whether the step may happen.
+
+        What a step releases has to be zero where this is False. It is counted here, before anything of it is computed
+        that others could take: a gradient that is never applied is a release, too.
+        """
         if not keras_compat.inside_xla():  # Python cannot be called from compiled code: there a callback reserves
             tf.cond(self._done >= self._reserved, self._reserve_more, tf.no_op)
-        tf.cond(self._done < self._reserved, lambda: self._count_and(update), tf.no_op)
+        allowed = self._done < self._reserved
+        counted = self._done.assign_add(tf.cast(allowed, tf.int64), read_value=False)
+        refused = self._refused.assign_add(tf.cast(~allowed, tf.int64), read_value=False)
+        with tf.control_dependencies([counted, refused]):
+            return tf.identity(allowed)
 
     def _reserve_more(self) -> tf.Operation:
         limit = tf.py_function(self._call_reserve, [self._done.read_value()], tf.int64)
@@ -60,8 +70,3 @@ class StepGuard:
 
     def _call_reserve(self, done: tf.Tensor) -> int:
         return self._reserve(int(done)) if self._reserve else _UNLIMITED
-
-    def _count_and(self, update: Callable[[], None]) -> tf.Operation:
-        self._done.assign_add(1)
-        update()
-        return tf.no_op()

@@ -102,7 +102,7 @@ class _Keras2Hook(_Mixin):
         with tf.init_scope():
             self.build([v for _, v in pairs])
         update = super().apply_gradients
-        self.mechanism.guard.run(lambda: update(pairs, name=name, **kwargs))
+        self.mechanism.update(lambda: update(pairs, name=name, **kwargs))
         return self.iterations
 
 
@@ -125,7 +125,7 @@ class _Keras3Hook(_Mixin):
             with tf.init_scope():
                 self.build(variables)
         update = super().apply
-        self.mechanism.guard.run(lambda: update(private, variables))
+        self.mechanism.update(lambda: update(private, variables))
 
 
 OptimizerHook = _Keras3Hook if IS_KERAS_3 else _Keras2Hook

@@ -11,6 +11,7 @@ weight decay are added outside. What this module does not know: samplers, budget
 """
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -38,7 +39,7 @@ class Mechanism:
     """
 
     def __init__(self, l2_norm_clip: float, noise_multiplier: float, expected_batch_size: float | None):
-        self.l2_norm_clip, self.noise_multiplier = float(l2_norm_clip), float(noise_multiplier)
+        self._l2_norm_clip, self._noise_multiplier = float(l2_norm_clip), float(noise_multiplier)
         with tf.init_scope():
             # A variable, because a Python number would go stale in Keras's cached training function; 0: the rows.
             self.expected_batch_size = tf.Variable(
@@ -46,20 +47,43 @@ class Mechanism:
             )
         self.noise, self.guard = GaussianNoise(), StepGuard()
         self.has_plan = self._warned = False
+        self._allowed: tf.Tensor | None = None
+
+    @property
+    def l2_norm_clip(self) -> float:
+        """The most one example adds to the sum."""
+        return self._l2_norm_clip
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Noise standard deviation divided by the clip."""
+        return self._noise_multiplier
 
     def gradients(self, loss: tf.Tensor, variables: list[tf.Variable]) -> list[tf.Tensor]:
-        """The private gradients of one step; adds ops to the graph of the training step."""
+        """The private gradients of one step, all zero where it was not let through; adds ops to the training step."""
         self._check_strategy()
         clipped = clipped_sum(loss, variables, self.l2_norm_clip)
+        self._allowed = self.guard.enter()
         rows = tf.cast(clipped.batch_size, tf.float32)
         denominator = tf.where(self.expected_batch_size > 0, self.expected_batch_size, rows)
         stddev = self.l2_norm_clip * self.noise_multiplier
         result = []
         for total, regular, variable in zip(clipped.sums, clipped.data_independent, variables, strict=True):
             noisy = total + self.noise.like(total, stddev) if stddev else total
-            gradient = tf.cast(noisy / denominator, variable.dtype)
+            gradient = tf.cast(tf.where(self._allowed, noisy, 0.0) / denominator, variable.dtype)
             result.append(gradient if regular is None else gradient + tf.cast(regular, variable.dtype))
         return result
+
+    def update(self, apply: Callable[[], Any]) -> None:
+        """Adds `apply` to the graph, to run only if the step of the last `gradients` was let through."""
+        assert self._allowed is not None
+
+        def run() -> tf.Operation:
+            apply()
+            return tf.no_op()
+
+        tf.cond(self._allowed, run, tf.no_op)
+        self._allowed = None
 
     def warn_without_plan(self) -> None:
         """Says once that nobody keeps the accounts."""

@@ -174,6 +174,8 @@ class PrivacyPlan:
                 f"the optimizer has noise_multiplier={optimizer.noise_multiplier} and the plan "
                 f"noise_multiplier={self.noise_multiplier}: make the optimizer with plan.optimizer(...)."
             )
+        if optimizer.mechanism.has_plan and optimizer.mechanism not in self._recorders:
+            raise InvalidArgumentError("the optimizer belongs to another plan: make one with plan.optimizer(...).")
         optimizer.expected_batch_size.assign(self.batch_size)
         mechanism, noise, clip = optimizer.mechanism, optimizer.noise_multiplier, optimizer.l2_norm_clip
         mechanism.has_plan = True

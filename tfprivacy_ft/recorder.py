@@ -6,7 +6,9 @@ vouches for is recorded as one that saw every example.
 
 import dataclasses
 import functools
+import threading
 import time
+import warnings
 from collections.abc import Callable
 
 from tfprivacy_ft import accounting
@@ -55,7 +57,9 @@ class Recorder:
         # Step counts: where those reservations begin, up to where they reach, up to where steps are let through.
         self._started = self._reserved = self._allowed = guard.done
         self._last_block: tuple[float, int] | None = None
-        self._out_of_budget = False
+        self._out_of_budget = self._stopped_by_budget = False
+        self._running: int | None = None  # the thread whose announced execution has not ended
+        self._lock = threading.RLock()
         guard.attach(self._unannounced)
 
     def use(self, sampling: Sampling) -> None:
@@ -64,6 +68,7 @@ class Recorder:
         Raises:
           BudgetExceededError: the budget has no room for a single such step.
         """
+        self._running = None  # a new fit, or the end of one
         self.settle()
         self._sampling = sampling
         if sampling != UNKNOWN:
@@ -75,26 +80,52 @@ class Recorder:
 
     def announce(self, steps: int) -> None:
         """Lets the next `steps` steps through, or as many of them as the budget allows."""
-        missing = self._allowed + steps - self._reserved
-        if missing > 0 and self._room() > 0:
-            self._reserve(missing)
-        self._allowed = min(self._allowed + steps, self._reserved)
-        self._guard.allow_until(self._allowed)
+        with self._lock:
+            missing = self._allowed + steps - self._reserved
+            if missing > 0 and self._room() > 0:
+                self._reserve(missing)
+            self._allowed = min(self._allowed + steps, self._reserved)
+            self._guard.allow_until(self._allowed)
+            self._running = threading.get_ident()
 
-    def has_room(self) -> bool:
-        """Whether the budget allows a step after those let through."""
-        self._out_of_budget = self._allowed >= self._reserved and self._room() <= 0
-        return not self._out_of_budget
+    def finished(self) -> bool:
+        """Takes back what the announced execution did not use; whether the budget allows another step."""
+        with self._lock:
+            self._running = None
+            self._allowed = self._guard.done
+            self._guard.allow_until(self._allowed)
+            self._out_of_budget = self._allowed >= self._reserved and self._room() <= 0
+            return not self._out_of_budget
 
     def settle(self) -> None:
-        """Replaces what was reserved by what ran."""
-        done = self._guard.done
-        if self._open:
+        """Replaces what was reserved by what ran.
+
+        While an announced execution runs (another thread asks for a report), reservations stay open, and count in full.
+        """
+        with self._lock:
+            if self._running not in (None, threading.get_ident()):
+                return
+            done = self._guard.done
             ran = done - self._started
-            self._ledger().settle(self._open, self._event(self._sampling, ran) if ran else None)
-        self._open, self._last_block, self._out_of_budget = [], None, False
-        self._started = self._reserved = self._allowed = done
-        self._guard.allow_until(done)
+            if self._open:
+                self._ledger().settle(self._open, self._event(self._sampling, ran) if ran else None)
+            elif ran > 0:  # steps that were under way when their reservation was settled
+                late = self._event(UNKNOWN, ran)
+                self._ledger().settle([self._ledger().reserve(late)], late)
+            self._open, self._last_block, self._out_of_budget = [], None, False
+            self._started = self._reserved = self._allowed = done
+            self._guard.allow_until(done)
+            self._warn_of_refused()
+
+    def _warn_of_refused(self) -> None:
+        refused = self._guard.take_refused()
+        if refused and not self._stopped_by_budget:
+            warnings.warn(
+                f"{refused} steps changed nothing, because they were not reserved: with jit_compile=True train by model.fit "
+                "with plan.callbacks().",
+                stacklevel=4,
+            )
+        self._stopped_by_budget = False
 
     def _unannounced(self, done: int) -> int:
         """Called from the graph before a step that was not let through: the steps to let through, unknown batches all.
@@ -104,12 +135,15 @@ class Recorder:
           LedgerError: the reservation could not be written.
         """
         if self._out_of_budget:
+            self._stopped_by_budget = True
             return done  # `fit` has been told to stop, and the rest of its execution changes nothing
-        self.settle()
-        self._sampling = UNKNOWN
-        self._reserve(1)
-        self._allowed = self._reserved
-        return self._allowed
+        with self._lock:
+            self._running = None
+            self.settle()
+            self._sampling = UNKNOWN
+            self._reserve(1)
+            self._allowed = self._reserved
+            return self._allowed
 
     def _reserve(self, at_least: int) -> None:
         """Writes the next block of steps to the ledger, or what the budget has left of it."""

@@ -52,6 +52,8 @@ class Sampling:
 
 UNKNOWN = Sampling("unknown")
 
+PADDING = -0.0  # the weight of rows that only fill a batch: zero to Keras, and known to the clipping engine by its sign
+
 
 def poisson_batches(
     x: Any,
@@ -65,7 +67,8 @@ def poisson_batches(
     """Batches for `model.fit` in which each example takes part independently with probability batch_size / n.
 
     Batches vary in size; the optimizer divides by the constant expected size. An empty draw comes as one row of zeros
-    with weight 0, so that the step adds noise only, and counts. Every pass draws anew.
+    with weight 0, so that the step adds noise only, and counts. Rows that only fill a batch carry the weight -0.0, by
+    which the clipping engine leaves them out altogether, activity regularisers included. Every pass draws anew.
 
     Args:
       x: array of n examples, or a tuple, list or dictionary of such arrays.
@@ -93,7 +96,7 @@ def poisson_batches(
     """
     size = number_of_examples(x, y, sample_weight)
     weights = np.ones(size, np.float32) if sample_weight is None else np.asarray(sample_weight, np.float32)
-    arrays = tf.nest.map_structure(np.asarray, (x, y))
+    arrays = tf.nest.map_structure(np.asarray, (_structure(x), _structure(y)))
     _check.positive(batch_size=batch_size)
     _check.at_most("the number of examples", size, batch_size=batch_size)
     steps = math.ceil(size / batch_size) if steps is None else steps
@@ -106,7 +109,8 @@ def poisson_batches(
         for _ in range(steps):
             chosen = np.flatnonzero(source.random(size) < batch_size / size)
             rows = _padded_size(len(chosen), pad_to)
-            yield tf.nest.map_structure(lambda a, c=chosen, r=rows: _take(a, c, r), (*arrays, weights))
+            batch = tf.nest.map_structure(lambda a, c=chosen, r=rows: _take(a, c, r), arrays)
+            yield (*batch, _take(weights, chosen, rows, fill=PADDING))
 
     signature = tf.nest.map_structure(lambda a: tf.TensorSpec([None, *a.shape[1:]], a.dtype), (*arrays, weights))
     dataset = tf.data.Dataset.from_generator(draw, output_signature=signature)
@@ -123,10 +127,11 @@ def number_of_examples(x: Any, y: Any, sample_weight: Any = None) -> int:
       >>> number_of_examples([[1], [2]], [0, 1])
       2
     """
-    parts = tf.nest.flatten(
-        tf.nest.map_structure(_length, {"x": _whole(x), "y": _whole(y), "w": _whole(sample_weight)})
-    )
-    lengths = {n for n in parts if n is not None}
+    if x is None or y is None:
+        raise DatasetError("x or y is None: give arrays for both (an autoencoder's labels are its inputs).")
+    weights = () if sample_weight is None else np.asarray(sample_weight)
+    parts = tf.nest.map_structure(_length, (_structure(x), _structure(y), weights))
+    lengths = set(tf.nest.flatten(parts))
     if len(lengths) != 1:
         raise DatasetError(f"x, y and sample_weight hold {sorted(lengths)} examples: give the same number in each.")
     size = lengths.pop()
@@ -135,14 +140,16 @@ def number_of_examples(x: Any, y: Any, sample_weight: Any = None) -> int:
     return size
 
 
-def _whole(part: Any) -> Any:
-    """A plain list of numbers is one array, not a structure of many."""
-    return np.asarray(part) if isinstance(part, list) else part
+def _structure(part: Any) -> Any:
+    """Lists of arrays as tuples of arrays; a plain list of numbers is one array."""
+    if isinstance(part, dict):
+        return {name: _structure(value) for name, value in part.items()}
+    if isinstance(part, tuple) or (isinstance(part, list) and part and all(hasattr(p, "shape") for p in part)):
+        return tuple(_structure(p) for p in part)
+    return np.asarray(part)
 
 
-def _length(part: Any) -> int | None:
-    if part is None:
-        return None
+def _length(part: Any) -> int:
     shape = np.shape(part)
     if not shape:
         raise DatasetError(f"{part!r} is one value: give arrays whose first axis is the examples.")
@@ -155,8 +162,10 @@ def _padded_size(drawn: int, pad_to: int | None) -> int:
     return max(1, math.ceil(drawn / unit)) * unit
 
 
-def _take(array: np.ndarray, chosen: np.ndarray, rows: int) -> np.ndarray:
-    """The chosen rows, then rows of zeros; a weight of 0 keeps those from contributing."""
+def _take(array: np.ndarray, chosen: np.ndarray, rows: int, fill: float | None = None) -> np.ndarray:
+    """The chosen rows, then rows of `fill`, or of zeros (empty strings)."""
     batch = np.zeros([rows, *array.shape[1:]], array.dtype)
+    if fill is not None:
+        batch[...] = fill
     batch[: len(chosen)] = array[chosen]
     return batch

@@ -1,5 +1,7 @@
 """The plan against dp_accounting: what the ledger says after what really ran, by whatever way it ran."""
 
+import threading
+
 import dp_accounting
 import numpy as np
 import pytest
@@ -199,6 +201,82 @@ def test_steps_on_unknown_batches_draw_on_the_same_budget():
         model.train_on_batch(X[:5], Y[:5])
     assert model.optimizer.privacy_steps == 13
     assert 0.9 * plan.target_epsilon < plan.epsilon() <= plan.target_epsilon
+
+
+def test_a_thread_that_asks_for_epsilon_loses_no_step(tmp_path):
+    plan = make_plan()
+    model = make_model(plan)
+    stop = threading.Event()
+
+    def poll():
+        while not stop.is_set():
+            plan.epsilon()
+
+    thread = threading.Thread(target=poll)
+    thread.start()
+    try:
+        model.fit(plan.batches(X, Y), epochs=6, callbacks=plan.callbacks(tmp_path), verbose=0)
+        for _ in range(10):
+            model.train_on_batch(X[:5], Y[:5])
+    finally:
+        stop.set()
+        thread.join()
+    plan.settle()
+    assert sum(e.count for e in plan.ledger.events()) >= model.optimizer.privacy_steps == 46
+
+
+def test_an_execution_that_ends_early_leaves_no_allowance():
+    plan = make_plan()
+    model = make_model(plan, steps_per_execution=4)  # 6 steps an epoch: 4, then 2
+
+    class Sneak(tf.keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            full = tf.data.Dataset.from_tensors((X, Y)).repeat(4)
+            self.model.train_function(iter(full))
+
+    model.fit(plan.batches(X, Y), callbacks=[Sneak(), *plan.callbacks()], verbose=0)
+    plan.settle()
+    events = {e.sampler: e.count for e in plan.ledger.events()}
+    assert events.get("poisson", 0) <= 6
+    assert sum(events.values()) >= model.optimizer.privacy_steps
+
+
+def test_a_gradient_that_is_never_applied_is_counted():
+    plan = make_plan()
+    optimizer = plan.optimizer(DPKerasSGDOptimizer, l2_norm_clip=1.0)
+    model = tf.keras.Sequential([layers.Input((5,)), layers.Dense(3)])
+
+    @tf.function
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            loss = CrossEntropy(from_logits=True)(y, model(x, training=True))
+        for gradient, variable in optimizer.compute_gradients(loss, model.trainable_variables, tape):
+            variable.assign_sub(gradient)
+
+    for _ in range(3):
+        step(tf.constant(X[:4]), tf.constant(Y[:4]))
+    plan.settle()
+    assert counts(plan.ledger.events()) == {("unknown", 3, 3)}
+
+
+def test_steps_that_xla_could_not_reserve_are_spoken_of():
+    plan = make_plan()
+    model = make_model(plan, jit_compile=True)
+    model.train_on_batch(X[:5], Y[:5])
+    with pytest.warns(UserWarning, match="1 steps changed nothing"):
+        plan.report()
+    assert model.optimizer.privacy_steps == 0
+
+
+def test_an_optimizer_belongs_to_one_plan_and_its_mechanism_does_not_change():
+    plan = make_plan()
+    optimizer = plan.optimizer(DPKerasSGDOptimizer, l2_norm_clip=1.0)
+    with pytest.raises(InvalidArgumentError, match="another plan"):
+        make_plan().attach(optimizer)
+    with pytest.raises(AttributeError):
+        optimizer.mechanism.noise_multiplier = 0.0
+    with pytest.raises(AttributeError):
+        optimizer.mechanism.l2_norm_clip = 1e9
 
 
 def test_a_step_that_was_not_reserved_moves_neither_momentum_nor_decay():

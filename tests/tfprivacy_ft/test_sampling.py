@@ -48,6 +48,18 @@ def test_rows_stay_together_in_nested_data():
         np.testing.assert_array_equal(w.numpy(), a)
 
 
+def test_lists_of_arrays_are_several_inputs_and_padding_is_marked():
+    batches = poisson_batches([np.ones([20, 2]), np.ones([20, 3])], np.ones(20), batch_size=10, steps=5, pad_to=16)
+    for (a, b), _, weight in batches:
+        assert a.shape[1:] == [2] and b.shape[1:] == [3]
+        filled = weight.numpy() == 0
+        assert np.signbit(weight.numpy()[filled]).all() and not a.numpy()[filled].any()
+    zero = poisson_batches(np.ones(9), np.ones(9), batch_size=9, steps=1, sample_weight=np.zeros(9))
+    assert not any(np.signbit(w).any() for _, _, w in drawn(zero))  # the user's own zeros are no padding
+    with pytest.raises(DatasetError, match="None"):
+        poisson_batches(np.ones(9), None, batch_size=3)
+
+
 def test_an_empty_draw_is_one_row_of_weight_zero():
     batches = drawn(poisson_batches(np.ones([10, 3]), np.ones(10), batch_size=1e-9, steps=4))
     assert len(batches) == 4

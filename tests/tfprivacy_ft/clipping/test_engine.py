@@ -1,5 +1,6 @@
 """The engine against its definition, a loop over examples, and against the ways that clipping is known to break."""
 
+import contextlib
 import warnings
 
 import numpy as np
@@ -9,7 +10,9 @@ from helpers import CrossEntropy, assert_same, compile_for_sum, global_norm, lay
 
 from tfprivacy_ft.clipping import SlowClippingWarning, reference
 from tfprivacy_ft.errors import UnsupportedModelError
+from tfprivacy_ft.keras_compat import IS_KERAS_3
 from tfprivacy_ft.optimizers import DPKerasSGDOptimizer
+from tfprivacy_ft.sampling import PADDING
 
 EXAMPLES = 7
 LOGITS = CrossEntropy(from_logits=True)
@@ -432,20 +435,151 @@ def test_a_static_batch_needs_no_more_than_the_fast_rules():
             model.train_on_batch(rows(5)[:size], labels()[:size])
 
 
-def test_state_that_the_loss_reads_and_the_batch_writes_is_refused():
-    class RunningMean(layers.Layer):
-        """Centres by a mean that each batch moves: examples reach others through the variable."""
+class RunningMean(layers.Layer):
+    """Centres by a mean that each batch moves: examples reach others through the variable."""
 
-        def build(self, shape):
-            self.mean = self.add_weight(name="mean", shape=(shape[-1],), trainable=False)
+    def __init__(self, how, **options):
+        super().__init__(**options)
+        self.how = how
 
-        def call(self, inputs):
-            self.mean.assign(0.9 * self.mean + 0.1 * tf.reduce_mean(inputs, 0))
-            return inputs - self.mean
+    def build(self, shape):
+        self.mean = self.add_weight(name="mean", shape=(8, shape[-1]), trainable=False)
 
-    model = sequential((5,), RunningMean(name="running"), layers.Dense(4))
+    def call(self, inputs):
+        mean = tf.reduce_mean(inputs, 0)
+        if self.how == "assign":
+            self.mean.assign(tf.tile(mean[None], [8, 1]))
+        elif self.how == "scatter":
+            self.mean.scatter_nd_update([[0]], mean[None])
+        elif self.how == "slice":
+            self.mean[0].assign(mean)
+        elif self.how == "cond":
+            tf.cond(mean[0] > 0, lambda: self.mean.assign(0.0 * self.mean + mean), lambda: self.mean)
+        elif self.how == "function":
+            tf.function(lambda m: self.mean.assign_add(0.0 * self.mean + m))(mean)
+        elif self.how == "kept":  # nothing reads it, but it stays in the model's weights
+            self.mean.assign(tf.tile(mean[None], [8, 1]))
+            return inputs
+        return inputs - tf.reduce_mean(self.mean, 0)
+
+
+@pytest.mark.skipif(IS_KERAS_3, reason="the ways of writing are those of Keras 2 variables")
+@pytest.mark.parametrize("how", ["assign", "scatter", "slice", "cond", "function", "kept"])
+def test_a_layer_that_writes_the_batch_to_a_variable_is_refused(how):
+    model = sequential((5,), RunningMean(how, name="running"), layers.Dense(4))
     with pytest.raises(UnsupportedModelError, match="running"):
         released_sum(model, LOGITS, rows(5), labels(), 1.0)
+
+
+class LearnedWeight(tf.keras.Model):
+    """A loss weighted by a variable that is also added to it (Kendall, Gal & Cipolla 2018)."""
+
+    def build(self, shape):
+        self.log_variance = self.add_weight(name="log_variance", shape=(), initializer="zeros")
+        self.head = layers.Dense(4)
+
+    def call(self, inputs):
+        return self.head(inputs)
+
+
+@pytest.mark.parametrize("static_batch", [False, True])
+def test_a_learned_weight_of_the_loss_is_no_regulariser(static_batch):
+    model, x, y = LearnedWeight(), rows(5), labels()
+    model(x[:1])
+
+    def loss(t, p):
+        shared = tf.squeeze(tf.convert_to_tensor(model.log_variance))
+        return tf.reduce_mean(tf.exp(-shared) * 1e3 * LOGITS.call(t, p)) + shared
+
+    each = reference.per_example_gradients(model, loss, x, y)
+    released = released_sum(model, loss, x, y, 0.1, static_batch=static_batch)
+    assert_same(released, reference.clipped_sum(each, 0.1))
+
+
+@tf.custom_gradient
+def hidden_statistic(t):
+    return tf.identity(t), lambda upstream: upstream * tf.reduce_mean(tf.square(t))
+
+
+@pytest.mark.parametrize("static_batch", [False, True])
+def test_a_custom_gradient_with_a_statistic_of_its_own_is_refused(static_batch):
+    with pytest.raises(UnsupportedModelError, match="custom gradient"):
+        released_sum(lambda_between(hidden_statistic), LOGITS, rows(5), labels(), 1.0, static_batch=static_batch)
+
+
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        lambda t: 0.7 * t + 0.3 * tf.random.shuffle(t),
+        lambda t: tf.gather(t, tf.random.shuffle(tf.range(tf.shape(t)[0]))),
+        lambda t: t + tf.random.poisson([], tf.reduce_max(tf.abs(t))),
+    ],
+    ids=["mixup", "permutation", "rate"],
+)
+def test_random_draws_from_the_batch_are_refused(mixing):
+    with pytest.raises(UnsupportedModelError, match="unusual"):
+        released_sum(lambda_between(mixing), LOGITS, rows(5), labels(), 1.0)
+
+
+@pytest.mark.parametrize("length", [8, 67, 130])
+def test_lengths_that_are_unknown_when_traced_do_not_make_rows_examples(length):
+    """A window as long as the lengths that the proof tries, after which one row looks like one example."""
+    inputs = layers.Input((None, 3))
+    hidden = layers.AveragePooling1D(67, padding="same")(inputs)
+    model = tf.keras.Model(inputs, layers.GlobalAveragePooling1D()(layers.Dense(4, use_bias=False)(hidden)))
+    x = np.random.default_rng(0).normal(size=(1, length, 3)).astype(np.float32)
+    batches = tf.data.Dataset.from_generator(
+        lambda: [(x, np.ones(1))], output_signature=(tf.TensorSpec([None, None, 3]), tf.TensorSpec([None]))
+    )
+    compile_for_sum(model, lambda t, p: 1e6 * LOGITS.call(t, p), 0.5)
+    before = trainable_values(model)
+    with contextlib.suppress(tf.errors.InvalidArgumentError):  # refused when run, which releases nothing
+        model.fit(batches, verbose=0)
+    moved = global_norm([b - a for b, a in zip(before, trainable_values(model), strict=True)])
+    assert moved <= 0.5 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize(("x", "y"), [(1e19, -4e-20), (5e-20, 5e18)])
+def test_norms_do_not_underflow(x, y):
+    model = sequential((100,), layers.Dense(100, kernel_initializer="zeros", use_bias=False))
+
+    def loss(t, p):
+        return tf.reduce_sum(tf.square(p - t), -1)
+
+    released = released_sum(model, loss, np.full((1, 100), x, "float32"), np.full((1, 100), y, "float32"), 0.01)
+    assert global_norm(released) <= 0.01 * (1 + 1e-4)
+
+
+def test_the_batch_size_does_not_leak_through_tiled_variables():
+    class Tiled(tf.keras.Model):
+        def build(self, shape):
+            self.offset = self.add_weight(name="offset", shape=(5,), initializer="ones")
+            self.head = layers.Dense(4)
+
+        def call(self, inputs):
+            tiled = tf.tile(tf.convert_to_tensor(self.offset)[None], [tf.shape(inputs)[0], 1])
+            self.add_loss(tf.reduce_sum(tf.square(tiled)))
+            return self.head(inputs + tiled)
+
+    released = released_sum(Tiled(), LOGITS, rows(5), labels(), 1e-6)
+    assert global_norm(released) <= EXAMPLES * 1e-6 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("layer", [layers.Dense, layers.LSTM], ids=["fast", "slow"])
+def test_rows_that_a_sampler_filled_in_contribute_nothing_at_all(layer):
+    shape = (6, 3) if layer is layers.LSTM else (5,)
+    layer = layer(4, activity_regularizer=tf.keras.regularizers.L2(1e3), bias_initializer="ones")
+    model, marks = sequential(shape, layer), np.full(EXAMPLES, PADDING, np.float32)
+    assert global_norm(released_sum(model, LOGITS, rows(*shape), labels(), 0.1, sample_weight=marks)) == 0
+
+
+@pytest.mark.parametrize("static_batch", [False, True])
+def test_a_summed_loss_on_the_slow_path_is_each_examples_own(static_batch):
+    model, x, y = sequential((6, 3), layers.LSTM(5), layers.Dense(4)), rows(6, 3), labels()
+    loss = CrossEntropy(from_logits=True, reduction="sum")
+    each, clip = median_norm(model, loss, x, y)
+    released = released_sum(model, loss, x, y, clip, static_batch=static_batch)
+    assert_same(released, reference.clipped_sum(each, clip))
 
 
 def test_eager_loss_is_refused():
