@@ -7,13 +7,30 @@ for statistics but is not a cryptographic one; see the threat model.
 
 import math
 import os
+import weakref
 
 import numpy as np
 import tensorflow as tf
 
+_generators: weakref.WeakSet[tf.random.Generator] = weakref.WeakSet()
+
+
+def _fresh_state() -> np.ndarray:
+    # 24 bytes: a counter of 16 and a key of 8. `from_non_deterministic_state` would know 32 bits of entropy only.
+    return np.frombuffer(os.urandom(24), np.int64)
+
+
+def _new_keys() -> None:
+    """A forked process would go on with its parent's noise."""
+    for generator in _generators:
+        generator.state.assign(_fresh_state())
+
+
+os.register_at_fork(after_in_child=_new_keys)
+
 
 class GaussianNoise:
-    """Independent normal noise, fresh in every process and after every restore.
+    """Independent normal noise, fresh in every process, also a forked one, and after every restore.
 
     The state lives in a variable that is created here and belongs to no model or optimizer checkpoint.
 
@@ -24,10 +41,9 @@ class GaussianNoise:
     """
 
     def __init__(self):
-        # 24 bytes: a counter of 16 and a key of 8. `from_non_deterministic_state` would know 32 bits of entropy only.
-        state = np.frombuffer(os.urandom(24), np.int64)
         with tf.init_scope():
-            self._generator = tf.random.Generator.from_state(state, alg="philox")
+            self._generator = tf.random.Generator.from_state(_fresh_state(), alg="philox")
+        _generators.add(self._generator)
 
     def like(self, value: tf.Tensor, stddev: tf.Tensor | float) -> tf.Tensor:
         """Noise of the shape of `value`, float32, with standard deviation `stddev`; each call draws anew."""

@@ -261,8 +261,12 @@ class PrivacyPlan:
         return compute_epsilon(self._ledger, delta=self.delta)
 
     def epsilon(self) -> float:
-        """The epsilon of what ran (the largest, where parts do not compose), at this plan's delta."""
-        self.settle()
+        """The epsilon of what ran (the largest, where parts do not compose), at this plan's delta.
+
+        Asked while a batch runs, it counts what is reserved in full.
+        """
+        if not any(recorder.running for recorder in self._recorders.values()):
+            self.settle()
         accounts = accounting.accounts(self._ledger.events(), self.delta)
         return max((account.epsilon for account in accounts), default=0.0)
 

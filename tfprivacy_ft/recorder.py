@@ -26,9 +26,10 @@ _LARGEST_BLOCK = 10_000
 class Recorder:
     """Keeps the ledger of one optimizer's private steps.
 
-    While `fit` runs, its callback vouches for the batches: it says before each execution that it comes, and only that
-    many steps are let through. A step that nobody announced (`train_on_batch`, a loop of one's own, what follows a `fit`
-    that broke off) is reserved from inside the graph, as one on an unknown batch.
+    While `fit` runs, its callback vouches for the batches: it says before each execution that it comes, only that many
+    steps are let through, and what the execution did not use is taken back when it ends. (One that is interrupted before
+    it begins leaves at most its own steps open to what follows.) A step that nobody announced, in `train_on_batch`, in a
+    loop of one's own, or after a `fit` that broke off, is reserved from inside the graph, as one on an unknown batch.
 
     Args:
       guard: the optimizer's step counter.
@@ -96,6 +97,11 @@ class Recorder:
             self._guard.allow_until(self._allowed)
             self._out_of_budget = self._allowed >= self._reserved and self._room() <= 0
             return not self._out_of_budget
+
+    @property
+    def running(self) -> bool:
+        """Whether an announced execution has not ended, as far as the callback has seen."""
+        return self._running is not None
 
     def settle(self) -> None:
         """Replaces what was reserved by what ran.

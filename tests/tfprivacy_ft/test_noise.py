@@ -117,6 +117,27 @@ def test_two_fresh_processes_draw_different_noise(jit, tmp_path):
     assert np.abs(drawn[0] - drawn[1]).max() > 0.01
 
 
+FORK = """
+import os, sys, numpy as np, tensorflow as tf
+from tfprivacy_ft.noise import GaussianNoise
+noise = GaussianNoise()
+noise.like(tf.zeros([4]), 1.0)
+child = os.fork()
+drawn = noise.like(tf.zeros([4]), 1.0).numpy().tolist()
+if child:
+    os.waitpid(child, 0)
+os.write(1, (repr(drawn) + chr(10)).encode())
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_forked_process_draws_its_own_noise():
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], capture_output=True, text=True, timeout=120)
+    first, second = ran.stdout.split("\n")[:2]
+    assert first and second and first != second
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_a_restored_checkpoint_draws_new_noise(jit, tmp_path):
     model = noise_only_model(jit_compile=jit)

@@ -225,6 +225,18 @@ def test_a_thread_that_asks_for_epsilon_loses_no_step(tmp_path):
     assert sum(e.count for e in plan.ledger.events()) >= model.optimizer.privacy_steps == 46
 
 
+def test_a_callback_that_asks_for_epsilon_at_every_batch_does_not_unsettle_the_run():
+    plan = make_plan()
+    model = make_model(plan)
+
+    class Ask(tf.keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            assert plan.epsilon() >= 0
+
+    model.fit(plan.batches(X, Y), callbacks=[*plan.callbacks(), Ask()], verbose=0)
+    assert counts(plan.ledger.events()) == {("poisson", 6, 6)}
+
+
 def test_an_execution_that_ends_early_leaves_no_allowance():
     plan = make_plan()
     model = make_model(plan, steps_per_execution=4)  # 6 steps an epoch: 4, then 2
