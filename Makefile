@@ -1,5 +1,6 @@
 # make demo    a private model on bundled data, and its epsilon
 # make test    everything the CI checks; PYTEST_ARGS=tests/tfprivacy_ft/test_models.py runs some tests only
+# make test-current the same tests on the current stack, Python 3.12 or newer with Keras 3, in .venv-current
 # make bench   the benchmarks
 # make mutants breaks one line at a time, and lists what no test noticed
 # make clean   removes what was built; runs/ with its ledgers stays
@@ -22,7 +23,14 @@ locks := requirements/federated.txt requirements/dev.txt
 stamp := .venv/installed
 pip := $(bin)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: demo test bench mutants clean
+is_312 = import sys; sys.exit(sys.version_info[:2] != (3, 12))
+ifeq ($(origin PYTHON_CURRENT),undefined)
+# A Python 3.12; under pyenv its command answers only when a version of it is chosen.
+PYTHON_CURRENT := $(shell for p in python3.12 "$$HOME"/.pyenv/versions/3.12.*/bin/python; do $$p -c '$(is_312)' 2>/dev/null && echo $$p && exit; done; echo python3.12)
+endif
+stamp_current := .venv-current/installed
+
+.PHONY: demo test test-current bench mutants clean
 
 demo: $(stamp)
 	@$(bin)/tfprivacy-ft demo
@@ -39,6 +47,9 @@ endif
 endif
 	$(bin)/python -m pytest $(PYTEST_ARGS)
 
+test-current: $(stamp_current)
+	.venv-current/bin/python -m pytest $(or $(PYTEST_ARGS),tests/tfprivacy_ft tfprivacy_ft)
+
 bench: $(stamp)
 	@for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(bin)/python $$script; done
@@ -47,7 +58,7 @@ mutants: $(stamp)
 	@$(bin)/python tests/mutants.py
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-current build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find tfprivacy_ft federated tests benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is written last, so an installation that was cut short starts over; --clear leaves nothing of an older lock.
@@ -65,3 +76,12 @@ $(stamp): $(locks) setup.cfg
 	@$(pip) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 	@echo ".venv is ready."
+
+$(stamp_current): requirements/current.txt setup.cfg
+	@$(PYTHON_CURRENT) -c '$(is_312)' 2>/dev/null || { echo "The current stack needs Python 3.12, and $(PYTHON_CURRENT) is $$($(PYTHON_CURRENT) -V 2>/dev/null || echo "not there"): give one, as in 'make PYTHON_CURRENT=/path/to/python3.12 test-current'." >&2; exit 1; }
+	@echo "Making .venv-current with the pinned versions; this takes a few minutes."
+	@$(PYTHON_CURRENT) -m venv --clear .venv-current
+	@.venv-current/bin/python -m pip --disable-pip-version-check --no-input install --quiet --no-deps -r requirements/current.txt
+	@.venv-current/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+	@echo ".venv-current is ready."
