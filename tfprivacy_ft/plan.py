@@ -91,7 +91,7 @@ class PrivacyPlan:
         Example:
           >>> plan = PrivacyPlan.solve(target_epsilon=1.0, delta=1e-5, num_examples=1000, batch_size=10, epochs=10)
           >>> round(plan.noise_multiplier, 3)
-          1.416
+          1.415
         """
         _check_sizes(num_examples, batch_size, epochs)
         _check.positive(target_epsilon=target_epsilon)
