@@ -41,7 +41,7 @@ def fit_arguments(model: Any) -> dict[str, Any] | None:
             and frame.f_locals.get("self") is model
             and "steps_per_epoch" in frame.f_locals
         ):
-            return {name: frame.f_locals.get(name) for name in ("x", "y", "batch_size", "steps_per_epoch", "shuffle")}
+            return {name: frame.f_locals.get(name) for name in ("x", "y", "batch_size", "steps_per_epoch")}
         frame = frame.f_back
     return None
 

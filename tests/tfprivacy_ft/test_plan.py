@@ -138,17 +138,20 @@ def test_a_fit_with_one_forgotten_callback_is_not_taken_for_poisson():
     assert counts(plan.ledger.events()) == {("unknown", 6, 6)}
 
 
-def test_a_run_that_breaks_off_counts_its_whole_block(tmp_path):
-    plan = make_plan(steps_per_block=100)
-    model = make_model(plan)
-
+def fit_and_break_off_after_three_steps(plan, model, run_dir):
     class Break(tf.keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             if batch == 2:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        model.fit(plan.batches(X, Y), callbacks=[*plan.callbacks(tmp_path), Break()], verbose=0)
+        model.fit(plan.batches(X, Y), callbacks=[*plan.callbacks(run_dir), Break()], verbose=0)
+
+
+def test_a_run_that_breaks_off_counts_its_whole_block(tmp_path):
+    plan = make_plan(steps_per_block=100)
+    model = make_model(plan)
+    fit_and_break_off_after_three_steps(plan, model, tmp_path)
     assert sum(e.count for e in ledger.read(tmp_path).events) == 100
     assert counts(plan.report().accounts[0].events) == {("poisson", 3, 3)}  # the process that ran them knows
 
@@ -156,14 +159,7 @@ def test_a_run_that_breaks_off_counts_its_whole_block(tmp_path):
 def test_what_follows_a_fit_that_broke_off_is_not_taken_for_poisson(tmp_path):
     plan = make_plan(steps_per_block=100)
     model = make_model(plan)
-
-    class Break(tf.keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            if batch == 2:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        model.fit(plan.batches(X, Y), callbacks=[*plan.callbacks(tmp_path), Break()], verbose=0)
+    fit_and_break_off_after_three_steps(plan, model, tmp_path)
     model.train_on_batch(X[:5], Y[:5])
     plan.settle()
     assert counts(plan.ledger.events()) == {("poisson", 3, 3), ("unknown", 1, 1)}

@@ -108,9 +108,10 @@ class Layouts:
         # A trace for one example is looked at with many, too: where nothing is wider than 1, no axis can be followed.
         self.batch_is_static = all(t.shape[0] not in (None, 1) for t in data)
         self.batch = data[0].shape[0] if self.batch_is_static else _BATCH
-        self.lengths_are_known = all(t.shape[1:].is_fully_defined() for t in data)
-        looks = [_Look(loss, data, self.batch, self.batch_is_static, length) for length in _LENGTHS]
-        first, second = looks[0], looks[0] if self.lengths_are_known else looks[1]
+        lengths_are_known = all(t.shape[1:].is_fully_defined() for t in data)
+        lengths = _LENGTHS[:1] if lengths_are_known else _LENGTHS
+        looks = [_Look(loss, data, self.batch, self.batch_is_static, length) for length in lengths]
+        first, second = looks[0], looks[-1]
         self._shapes = first.shapes
         self._layouts = {key: _agreed(layout, second.layouts[key]) for key, layout in first.layouts.items()}
         self.first_coupling, self.first_unknown = first.first_coupling, first.first_unknown
@@ -121,6 +122,11 @@ class Layouts:
     def shape(self, tensor: tf.Tensor) -> list[int] | None:
         """The tensor's shape for a batch of `self.batch` examples, or None where it is not known."""
         return self._shapes.get(id(tensor))
+
+    def has_rows(self, tensor: tf.Tensor) -> bool:
+        """Whether by its shape the tensor has rows for each example, isolated or not."""
+        shape = self.shape(tensor)
+        return shape is not None and len(shape) > 0 and shape[0] % self.batch == 0
 
 
 def _agreed(one: Layout, other: Layout) -> Layout:

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tfprivacy_ft.clipping import graph as graphs
 from tfprivacy_ft.clipping.layout import FREE, SIZE, Layouts
+from tfprivacy_ft.clipping.sites import split_rows
 from tfprivacy_ft.clipping.terms import Share
 from tfprivacy_ft.errors import UnsupportedModelError
 
@@ -57,9 +58,9 @@ def clipped_sum(
     """
     draws = _random_draws(objective.loss, data, layouts)
     batch_size = tf.shape(data[0])[0]
-    by_row = list(data) + [t for t in draws if _is_by_row(t, layouts)]
-    shared = [t for t in draws if not _is_by_row(t, layouts)]
-    rows = tuple(_by_example(t, batch_size) for t in by_row)
+    by_row = list(data) + [t for t in draws if layouts.has_rows(t)]
+    shared = [t for t in draws if not layouts.has_rows(t)]  # one draw for all examples
+    rows = tuple(split_rows(t, batch_size) for t in by_row)
     # Where the trace has the batch's size written into it, a batch is made of copies of the example.
     copies = layouts.batch if layouts.batch_is_static else 1
 
@@ -117,12 +118,6 @@ def check_isolated(body, data: list[tf.Tensor], allowed: list[tf.Tensor]) -> Non
             )
 
 
-def _by_example(tensor: tf.Tensor, batch_size: tf.Tensor) -> tf.Tensor:
-    """[B * fold, ...] -> [B, fold, ...]."""
-    shape = tf.shape(tensor)
-    return tf.reshape(tensor, tf.concat([[batch_size, shape[0] // batch_size], shape[1:]], 0))
-
-
 def _random_draws(loss: tf.Tensor, data: list[tf.Tensor], layouts: Layouts) -> list[tf.Tensor]:
     """What the forward pass drew at random; refuses draws that are made of the batch, such as a shuffle of it."""
     found = []
@@ -137,9 +132,3 @@ def _random_draws(loss: tf.Tensor, data: list[tf.Tensor], layouts: Layouts) -> l
             )
         found.extend(op.outputs)
     return found
-
-
-def _is_by_row(draw: tf.Tensor, layouts: Layouts) -> bool:
-    """Whether a random draw has rows for each example; one without is the same for all of them."""
-    shape = layouts.shape(draw)
-    return shape is not None and len(shape) > 0 and shape[0] % layouts.batch == 0

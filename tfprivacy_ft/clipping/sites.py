@@ -112,9 +112,15 @@ def keep_rows(tensor: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
 
 def by_example(tensor: tf.Tensor, rows: Rows, batch_size: tf.Tensor) -> tf.Tensor:
     """[B * fold, ...] -> float32 [B, fold, ...]; fails when run if the rows are not the batch times `fold`."""
-    tensor = tf.cast(tensor, tf.float32)
-    fold = tf.shape(tensor)[0] // batch_size if rows.fold is None else rows.fold
-    return tf.reshape(tensor, tf.concat([tf.stack([batch_size, fold]), tf.shape(tensor)[1:]], 0))
+    return split_rows(tf.cast(tensor, tf.float32), batch_size, rows.fold)
+
+
+def split_rows(tensor: tf.Tensor, batch_size: tf.Tensor, fold: int | None = None) -> tf.Tensor:
+    """[B * fold, ...] -> [B, fold, ...]; without `fold`, by the number of rows that there are."""
+    shape = tf.shape(tensor)
+    return tf.reshape(
+        tensor, tf.concat([tf.stack([batch_size, shape[0] // batch_size if fold is None else fold]), shape[1:]], 0)
+    )
 
 
 def find_meetings(

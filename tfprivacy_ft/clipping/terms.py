@@ -59,7 +59,7 @@ def find_terms(loss: tf.Tensor, layouts: Layouts, *, one_by_one: bool = False) -
             independent.append(tensor)
         elif layout in (FREE, SIZE):
             told_apart = False  # a regulariser times the number of examples would tell that number
-        elif isinstance(layout, Rows) or (one_by_one and _has_rows(tensor, layouts)):
+        elif isinstance(layout, Rows) or (one_by_one and layouts.has_rows(tensor)):
             told_apart = told_apart and (not isinstance(layout, Rows) or layout.axis == 0)
             per_example.append(tensor)
         elif _is_sum_of_squares(tensor, layouts):
@@ -75,11 +75,6 @@ def find_terms(loss: tf.Tensor, layouts: Layouts, *, one_by_one: bool = False) -
     separate = [t for t in independent if id(t) not in behind and not graphs.has_own_gradient(t)]
     told_apart = told_apart and len(separate) == len(independent)
     return Terms(per_example if told_apart and per_example else None, separate)
-
-
-def _has_rows(tensor: tf.Tensor, layouts: Layouts) -> bool:
-    shape = layouts.shape(tensor)
-    return shape is not None and len(shape) > 0 and shape[0] % layouts.batch == 0
 
 
 def _is_sum_of_squares(tensor: tf.Tensor, layouts: Layouts) -> bool:
