@@ -22,7 +22,7 @@ def _run(code, folder):
         env={**os.environ, "PYTHONPATH": search},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout

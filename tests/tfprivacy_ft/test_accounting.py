@@ -1,7 +1,6 @@
 import dataclasses
 import logging
 import math
-import time
 import warnings
 
 import dp_accounting
@@ -248,12 +247,10 @@ def test_pld_is_below_rdp_and_below_no_amplification(q, noise, steps, delta):
         (poisson(0.999999, 1.0, 10), 1e-5),
     ],
 )
-def test_extremes_give_a_finite_figure_in_a_few_seconds(event, delta):
-    start = time.monotonic()
+def test_extremes_give_a_finite_figure(event, delta):
     (account,) = accounting.accounts(event, delta)
     assert 0 < account.epsilon_pld <= account.epsilon_without_amplification < math.inf
     assert account.epsilon_rdp > 0
-    assert time.monotonic() - start < 20
 
 
 def test_rounding_never_counts_as_perfect_privacy():
@@ -297,10 +294,11 @@ def test_only_lines_of_the_accountant_are_dropped(caplog):
 def test_a_progress_bar_may_ask_often():
     event = poisson(0.011, 1.0, 1234)
     accounting.epsilon(event, 1e-5)
-    start = time.monotonic()
+    costly = (accounting._rdp_of_one, accounting._loss_of_one, accounting._rdp_epsilon, accounting._pld_epsilon)
+    computed = [function.cache_info().misses for function in costly]
     for _ in range(100):
         accounting.epsilon([event, poisson(0.5, 1.0, 0)], 1e-5)
-    assert time.monotonic() - start < 0.5
+    assert [function.cache_info().misses for function in costly] == computed
 
 
 # Solving.

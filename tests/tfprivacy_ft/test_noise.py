@@ -112,7 +112,7 @@ def test_two_fresh_processes_draw_different_noise(jit, tmp_path):
     code = PROCESS.format(path=[str(here), str(here.parent)], jit=jit)
     drawn = []
     for _ in range(2):
-        ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, timeout=300, check=True)
+        ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, timeout=600, check=True)
         drawn.append(np.load(io.BytesIO(ran.stdout)))
     assert np.abs(drawn[0] - drawn[1]).max() > 0.01
 
@@ -133,7 +133,7 @@ os._exit(0)
 
 @pytest.mark.slow
 def test_a_forked_process_draws_its_own_noise():
-    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], capture_output=True, text=True, timeout=600)
     first, second = ran.stdout.split("\n")[:2]
     assert first and second and first != second
 

@@ -220,7 +220,7 @@ def test_saved_models_load_in_plain_keras(tmp_path, suffix):
     model.fit(X, Y, verbose=0)
     path = str(tmp_path / f"model{suffix}")
     model.save(path)
-    ran = subprocess.run([sys.executable, "-c", LOAD, path], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    ran = subprocess.run([sys.executable, "-c", LOAD, path], capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert float(ran.stdout) == pytest.approx(float(np.sum(model.get_weights()[0])), rel=1e-5)
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 def _run(code, **environment):
     clean = {key: value for key, value in os.environ.items() if key != "TF_CPP_MIN_LOG_LEVEL"}
     return subprocess.run(
-        [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, timeout=600, check=True
     )
 
 
