@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import tensorflow as tf
 
+from tfprivacy_ft.clipping import SlowClippingWarning, reference
 from tfprivacy_ft.optimizers import DPKerasSGDOptimizer
 
 layers = tf.keras.layers
@@ -45,3 +46,20 @@ def assert_same(actual, expected, rtol=1e-4):
     scale = max(np.abs(e).max() for e in expected)
     for a, e in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, e, atol=rtol * scale, rtol=rtol)
+
+
+def assert_exact(model, loss, x, y, *, fast, static_batch=False, **options):
+    """One step releases what the loop over examples gives, with and only with fast rules if `fast`."""
+    model(x[:1])
+    each = reference.per_example_gradients(model, tf.keras.losses.get(loss), x, y)
+    clip = float(np.median([reference.norm(g) for g in each]))
+    compile_for_sum(model, loss, clip, **options)
+    before = trainable_values(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(tf.data.Dataset.from_tensor_slices((x, y)).batch(len(y), drop_remainder=static_batch), verbose=0)
+    released = [b - a for b, a in zip(before, trainable_values(model), strict=True)]
+    assert_same(released, reference.clipped_sum(each, clip))
+    slow = [str(w.message) for w in caught if issubclass(w.category, SlowClippingWarning)]
+    assert bool(slow) != fast, slow
+    assert all("layer '" in text for text in slow)

@@ -1,57 +1,64 @@
-"""Scales and shifts: BiasAdd, Add, Sub and Mul with a variable that is broadcast over the examples."""
+"""Elementwise ops of data and a weight that is broadcast over the examples: biases, scales, shifts, slopes, positions.
 
-import abc
+The gradient at each place where the weight is used is that of an op of numbers; what the broadcast repeated is added up,
+for each example apart.
+"""
 
 import tensorflow as tf
 
-from tfprivacy_ft.clipping.sites import Contribution, Instantiated, Meeting, UseSite, by_example
+from tfprivacy_ft.clipping import graph as graphs
+from tfprivacy_ft.clipping.layout import ELEMENTWISE, Rows
+from tfprivacy_ft.clipping.sites import Contribution, Instantiated, Meeting, UseSite, split_rows, widened
+
+_REPEATS = frozenset(["BroadcastTo", "Tile"])
 
 
-class _BroadcastSite(UseSite):
-    """An elementwise op of data [B * fold, ...] and a weight without a batch axis."""
-
-    kinds: frozenset[str]
+class ElementwiseSite(UseSite):
+    """An elementwise op, or a repetition of the weight for each example, with the batch on any axis of the output."""
 
     @classmethod
-    def match(cls, meeting: Meeting) -> "UseSite | None":
-        weight = meeting.weight.shape
-        known = meeting.batch_first(meeting.output) and weight.is_fully_defined()
-        if meeting.op.type not in cls.kinds or not known:
+    def match(cls, meeting: Meeting) -> "ElementwiseSite | None":
+        op, place = meeting.op, meeting.layouts.of(meeting.output)
+        if not isinstance(place, Rows) or not meeting.weight.shape.is_fully_defined():
             return None
-        rank = meeting.output.shape.rank
-        if rank is None or (weight.rank == rank and weight[0] != 1):
+        if op.type not in ELEMENTWISE | _REPEATS | {"BiasAdd"} or "_gradient_op_type" in op.node_def.attr:
+            return None
+        rank, weight = meeting.output.shape.rank, meeting.weight.shape
+        if rank is None or weight.rank > rank or any(t.shape.rank is None for t in op.inputs):
+            return None
+        if op.type == "BiasAdd" and (meeting.index != 1 or graphs.attribute(op, "data_format", b"NHWC") != b"NHWC"):
+            return None
+        aligned = [1] * (rank - weight.rank) + weight.as_list()
+        if aligned[place.axis] != 1:
             return None  # a weight with its own row for every row of the batch
-        return cls(meeting) if rank == meeting.other().shape.rank else None
-
-    @abc.abstractmethod
-    def gradient_times_slope(self, gradient: tf.Tensor) -> tf.Tensor:
-        """d loss / d weight before the sum over the axes that the weight is broadcast along."""
+        made = meeting.output.shape.as_list()
+        if op.type == "Tile" and any(w not in (1, m) for w, m in zip(aligned, made, strict=True)):
+            return None  # blocks, which a broadcast does not make
+        return cls(meeting)
 
     def at(self, gradient: tf.Tensor, batch_size: tf.Tensor) -> Contribution:
-        rows = self.meeting.rows(self.meeting.output)
-        full = by_example(self.gradient_times_slope(tf.cast(gradient, tf.float32)), rows, batch_size)
+        rows, rank = self.meeting.layouts.of(self.meeting.output), self.meeting.output.shape.rank
+        assert isinstance(rows, Rows)
+        weight = [1] * (rank - self.meeting.weight.shape.rank) + self.meeting.weight.shape.as_list()
+        order = [rows.axis, *(i for i in range(rank) if i != rows.axis)]
+        full = self._before_the_sum(gradient)
+        full = split_rows(full if rows.axis == 0 else tf.transpose(full, order), batch_size, rows.fold)
         # `full` is [B, fold, d1, ..., dn]: sum over fold and over the axes where the weight has size 1 or no axis.
-        rank = full.shape.rank - 2
-        weight = self.meeting.weight.shape.as_list()[-rank:] if rank else []
-        weight = [1] * (rank - len(weight)) + weight
-        axes = [1] + [i + 2 for i, size in enumerate(weight) if size == 1]
-        each = tf.reduce_sum(full, axes)
+        repeated = [1] + [i + 1 for i, axis in enumerate(order) if i and weight[axis] == 1]
+        each = tf.reduce_sum(full, repeated)
         return Instantiated(tf.reshape(each, [-1, *self.meeting.variable_shape]))
 
-
-class ShiftSite(_BroadcastSite):
-    """data + weight, data - weight, weight - data."""
-
-    kinds = frozenset({"BiasAdd", "Add", "AddV2", "Sub"})
-
-    def gradient_times_slope(self, gradient: tf.Tensor) -> tf.Tensor:
-        return -gradient if self.meeting.op.type == "Sub" and self.meeting.index == 1 else gradient
-
-
-class ScaleSite(_BroadcastSite):
-    """data * weight."""
-
-    kinds = frozenset({"Mul"})
-
-    def gradient_times_slope(self, gradient: tf.Tensor) -> tf.Tensor:
-        return gradient * tf.cast(self.meeting.other(), tf.float32)
+    def _before_the_sum(self, gradient: tf.Tensor) -> tf.Tensor:
+        """d loss / d weight at each place of the output."""
+        op, index = self.meeting.op, self.meeting.index
+        if op.type in ("BiasAdd", "Add", "AddV2", "AddN") or op.type in _REPEATS:
+            return widened(gradient)
+        if op.type == "Sub":
+            return -widened(gradient) if index == 1 else widened(gradient)
+        if op.type == "Mul":
+            return widened(gradient) * widened(self.meeting.other())
+        weight = tf.broadcast_to(self.meeting.weight, tf.shape(self.meeting.output))
+        feed = [(t, weight if i == index else t) for i, t in enumerate(op.inputs)]
+        (copy,) = graphs.replay([self.meeting.output], feed, op.graph)
+        (slope,) = tf.gradients(copy, weight, grad_ys=gradient)
+        return widened(tf.convert_to_tensor(slope))

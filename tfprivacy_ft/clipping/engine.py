@@ -7,6 +7,7 @@ The engine knows nothing of noise, samplers or accounts.
 """
 
 import dataclasses
+import functools
 import logging
 import warnings
 
@@ -15,16 +16,17 @@ import tensorflow as tf
 from tfprivacy_ft import keras_compat
 from tfprivacy_ft.clipping import graph as graphs
 from tfprivacy_ft.clipping import one_by_one
-from tfprivacy_ft.clipping.broadcast import ScaleSite, ShiftSite
+from tfprivacy_ft.clipping.broadcast import ElementwiseSite
 from tfprivacy_ft.clipping.convolution import Conv2DSite
-from tfprivacy_ft.clipping.dense import MatMulSite
 from tfprivacy_ft.clipping.embedding import EmbeddingSite
 from tfprivacy_ft.clipping.layout import COUPLED, Layouts
-from tfprivacy_ft.clipping.sites import Contribution, Instantiated, UseSite, find_meetings
+from tfprivacy_ft.clipping.products import ProductSite
+from tfprivacy_ft.clipping.sites import Contribution, UseSite
 from tfprivacy_ft.clipping.terms import Share, find_shares, find_terms
+from tfprivacy_ft.clipping.weights import Use, find_uses, pulled_back
 from tfprivacy_ft.errors import UnsupportedModelError
 
-SITES: tuple[type[UseSite], ...] = (MatMulSite, Conv2DSite, ShiftSite, ScaleSite, EmbeddingSite)
+SITES: tuple[type[UseSite], ...] = (ProductSite, Conv2DSite, ElementwiseSite, EmbeddingSite)
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ def clipped_sum(loss: tf.Tensor, variables: list[tf.Variable], l2_norm_clip) -> 
     independent = _gradients_of(loss, terms.data_independent, variables)
     clip = tf.cast(l2_norm_clip, tf.float32)
 
-    shares = find_shares(loss, terms.per_example, layouts, batch_size) if terms.per_example else None
+    shares = find_shares(loss, terms, layouts, data) if terms.per_example else None
     _refuse_batch_in_state(loss, data)
     contributions, reason = _contributions(loss, variables, shares, layouts, batch_size)
     if contributions is None:
@@ -85,7 +87,7 @@ def clipped_sum(loss: tf.Tensor, variables: list[tf.Variable], l2_norm_clip) -> 
         if data[0].shape[0] != 1:  # one example is as fast one by one
             _warn_slow(reason, layouts)
         terms = find_terms(loss, layouts, one_by_one=True)
-        shares = find_shares(loss, terms.per_example, layouts, batch_size) if terms.per_example else None
+        shares = find_shares(loss, terms, layouts, data) if terms.per_example else None
         objective = one_by_one.Objective(loss, shares, terms.data_independent)
         sums, norms = one_by_one.clipped_sum(objective, variables, clip, data, layouts)
     else:
@@ -101,35 +103,33 @@ def _contributions(
     if shares is None:
         return None, None
     upstream = set(graphs.ancestors([share.term for share in shares]))
-    matched: list[list[UseSite]] = []
+    matched: list[list[tuple[Use, UseSite]]] = []
     for variable in variables:
-        meetings, stranger = find_meetings(variable, loss, upstream, layouts)
+        uses, stranger = find_uses(variable, loss, upstream, layouts)
         if stranger is not None:
             return None, stranger
         sites = []
-        for meeting in meetings:
-            site = next((s for kind in SITES if (s := kind.match(meeting)) is not None), None)
+        for use in uses:
+            site = next((s for kind in SITES if (s := kind.match(use.meeting)) is not None), None)
             if site is None:
-                return None, meeting.op
-            sites.append(site)
+                return None, use.meeting.op
+            sites.append((use, site))
         matched.append(sites)
-    flat = [site for sites in matched for site in sites]
+    flat = [site for sites in matched for _, site in sites]
     _log.debug("fast rules: %s", [(type(s).__name__, s.meeting.op.name) for s in flat])
     outputs = [site.meeting.output for site in flat]
     seeds = [share.spread(batch_size) for share in shares]
     gradients = iter(tf.gradients([share.term for share in shares], outputs, grad_ys=seeds))
     result: list[Contribution | None] = []
     for sites in matched:
-        parts = [s.at(tf.convert_to_tensor(g), batch_size) for s in sites if (g := next(gradients)) is not None]
-        result.append(_joined(parts))
+        parts = []
+        for use, site in sites:
+            gradient = next(gradients)
+            if gradient is not None:
+                parts.append(pulled_back(site.at(tf.convert_to_tensor(gradient), batch_size), use))
+        # A variable used in several places: its gradients are added up for each example, then measured.
+        result.append(functools.reduce(lambda one, other: one.added_to(other), parts) if parts else None)
     return result, None
-
-
-def _joined(parts: list[Contribution]) -> Contribution | None:
-    """A variable used in several places: its gradients are added up for each example, then measured."""
-    if len(parts) <= 1:
-        return parts[0] if parts else None
-    return Instantiated(tf.add_n([part.per_example() for part in parts]))
 
 
 def _clip_and_sum(
@@ -174,7 +174,8 @@ def _refuse_coupling(loss: tf.Tensor, variables: list[tf.Variable], layouts: Lay
             raise _coupled(op)
     upstream = set(graphs.ancestors([loss]))
     for variable in variables:
-        for meeting in find_meetings(variable, loss, upstream, layouts)[0]:
+        for use in find_uses(variable, loss, upstream, layouts)[0]:
+            meeting = use.meeting
             inputs = [t for i, t in enumerate(meeting.op.inputs) if i != meeting.index]
             if any(layouts.of(t) is COUPLED for t in inputs) and meeting.output.shape.rank:
                 raise _coupled(_where_coupled(inputs, layouts))

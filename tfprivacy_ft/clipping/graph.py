@@ -32,6 +32,11 @@ def ancestors(tensors: Iterable[tf.Tensor], stop: Iterable[tf.Tensor] = ()) -> l
     return order
 
 
+def attribute(op: tf.Operation, name: str, default):
+    """An attribute of `op`, or `default` where ops of its type have none of that name."""
+    return op.get_attr(name) if name in op.node_def.attr else default
+
+
 def layer_of(op: tf.Operation) -> str:
     """The name scope that `op` was made in, which Keras builds from the names of model and layer."""
     return scope_of(op) or op.name

@@ -16,12 +16,13 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tfprivacy_ft import keras_compat
 from tfprivacy_ft.clipping import graph as graphs
 
-_BATCH = 10_007  # a prime that no layer's width is a multiple of, by any likelihood
+_BATCHES = (10_007, 10_009)  # primes that no layer's width is a multiple of, by any likelihood; both have to agree
 _LENGTHS = (61, 67)  # stand for every other unknown dimension, one after the other: both have to agree
 
 
@@ -50,7 +51,7 @@ _UNARY = frozenset(
     Round Rint LogicalNot IsNan IsFinite IsInf StopGradient PreventGradient CheckNumerics OnesLike ZerosLike
     Snapshot""".split()
 )
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
     """Add AddV2 AddN Sub Mul MulNoNan RealDiv Div DivNoNan Xdivy Xlogy Maximum Minimum Pow SquaredDifference
     Greater GreaterEqual Less LessEqual Equal NotEqual LogicalAnd LogicalOr SelectV2 FloorDiv FloorMod Mod
     Atan2 ClipByValue""".split()
@@ -107,13 +108,21 @@ class Layouts:
     def __init__(self, loss: tf.Tensor, data: list[tf.Tensor]):
         # A trace for one example is looked at with many, too: where nothing is wider than 1, no axis can be followed.
         self.batch_is_static = all(t.shape[0] not in (None, 1) for t in data)
-        self.batch = data[0].shape[0] if self.batch_is_static else _BATCH
+        batches = (data[0].shape[0],) if self.batch_is_static else _BATCHES
+        self.batch = batches[0]
         lengths_are_known = all(t.shape[1:].is_fully_defined() for t in data)
-        lengths = _LENGTHS[:1] if lengths_are_known else _LENGTHS
-        looks = [_Look(loss, data, self.batch, self.batch_is_static, length) for length in lengths]
-        first, second = looks[0], looks[-1]
+        sizes = [(batch, _LENGTHS[0]) for batch in batches] + [
+            (self.batch, n) for n in _LENGTHS[1:] if not lengths_are_known
+        ]
+        looks = [_Look(loss, data, batch, self.batch_is_static, length) for batch, length in sizes]
+        first = looks[0]
         self._shapes = first.shapes
-        self._layouts = {key: _agreed(layout, second.layouts[key]) for key, layout in first.layouts.items()}
+        self._layouts = dict(first.layouts)
+        for look in looks[1:]:
+            grown = look.length == first.length  # then only the batch differs
+            for key, layout in self._layouts.items():
+                same = not grown or first.shapes.get(key) == look.shapes.get(key)
+                self._layouts[key] = _agreed(layout, look.layouts[key] if same or layout is not FREE else UNKNOWN)
         self.first_coupling, self.first_unknown = first.first_coupling, first.first_unknown
 
     def of(self, tensor: tf.Tensor) -> Layout:
@@ -141,7 +150,7 @@ class _Look:
 
     def __init__(self, loss: tf.Tensor, data: list[tf.Tensor], batch: int, batch_is_static: bool, length: int):
         self.layouts: dict[int, Layout] = {id(t): Rows(0) for t in data}
-        self.batch, self._batch_is_static = batch, batch_is_static
+        self.batch, self._batch_is_static, self.length = batch, batch_is_static, length
         self.shapes = _shapes(loss, data, batch, length)
         self.first_coupling: tf.Operation | None = None
         self.first_unknown: tf.Operation | None = None
@@ -181,6 +190,8 @@ class _Look:
     def _rule(self, op: tf.Operation, layouts: list[Layout]) -> Layout | list[Layout]:
         if op.type in graphs.SHAPE_OPS:
             return FREE if all(layout is FREE for layout in layouts) else SIZE
+        if self._is_known_size(op):
+            return FREE
         if all(layout is FREE for layout in layouts):
             return FREE
         if graphs.is_random(op) and op.type != "RandomShuffle":
@@ -198,6 +209,30 @@ class _Look:
         if SIZE in values:
             return UNKNOWN
         return self._data_rule(op, values)
+
+    def _is_known_size(self, op: tf.Operation) -> bool:
+        """Whether `op` picks, from the shape of a tensor, sizes that are written into the trace and not the batch's."""
+        source = op.inputs[0].op if op.inputs else None
+        if source is None or source.type != "Shape" or op.type not in ("StridedSlice", "GatherV2"):
+            return False
+        shape, rows = source.inputs[0].shape, self.of(source.inputs[0])
+        inputs = [tf.get_static_value(t) for t in op.inputs[1:]]
+        if shape.rank is None or not isinstance(rows, Rows) or any(i is None for i in inputs):
+            return False
+        axes = np.arange(shape.rank)
+        if op.type == "GatherV2":
+            picked = axes[inputs[0]]
+        else:
+            (begin,), (end,), (stride,) = inputs
+            if op.get_attr("ellipsis_mask") or op.get_attr("new_axis_mask"):
+                return False
+            if op.get_attr("shrink_axis_mask"):
+                picked = axes[begin]
+            else:
+                picked = axes[
+                    None if op.get_attr("begin_mask") else begin : None if op.get_attr("end_mask") else end : stride
+                ]
+        return all(axis != rows.axis and shape[int(axis)] is not None for axis in np.ravel(picked))
 
     def _shaped(self, tensor: tf.Tensor) -> Layout:
         """A value that is independent of the batch but for its shape: rows for each example, or nothing of it."""
@@ -218,7 +253,7 @@ class _Look:
             return UNKNOWN
         if kind in _UNARY:
             return layouts[0]
-        if kind in _ELEMENTWISE:
+        if kind in ELEMENTWISE:
             return self._broadcast(op, layouts)
         if kind == "Select":
             return self._broadcast(op, layouts) if len({len(self._dims(t)) for t in op.inputs}) == 1 else UNKNOWN
@@ -273,13 +308,15 @@ class _Look:
 
     def _image(self, op: tf.Operation, layouts: list[Any]) -> Layout:
         alone = layouts[0].axis == 0 and all(layout is FREE for layout in layouts[1:])
-        channels_last = _attribute(op, "data_format", b"NHWC") in (b"NHWC", b"NDHWC")
-        windows = [_attribute(op, name, [1])[0] for name in ("ksize", "strides")]
+        channels_last = graphs.attribute(op, "data_format", b"NHWC") in (b"NHWC", b"NDHWC")
+        windows = [graphs.attribute(op, name, [1])[0] for name in ("ksize", "strides")]
         return layouts[0] if alone and channels_last and windows == [1, 1] else UNKNOWN
 
     def _rule_BiasAdd(self, op, layouts):
         last = len(self._dims(op.inputs[0])) - 1
-        fine = layouts[1] is FREE and layouts[0].axis != last and _attribute(op, "data_format", b"NHWC") == b"NHWC"
+        fine = (
+            layouts[1] is FREE and layouts[0].axis != last and graphs.attribute(op, "data_format", b"NHWC") == b"NHWC"
+        )
         return layouts[0] if fine else UNKNOWN
 
     def _rule_MatMul(self, op, layouts):
@@ -353,16 +390,48 @@ class _Look:
         return UNKNOWN if axis is None or int(axis) % len(self._dims(op.inputs[0])) == layouts[0].axis else layouts[0]
 
     def _rule_StridedSlice(self, op, layouts):
-        """Only slices that name every axis up to the batch, and take the whole batch, are followed."""
-        rows, bit = layouts[0], 1 << layouts[0].axis
-        masks = {name: op.get_attr(name) for name in ("begin_mask", "end_mask", "ellipsis_mask", "new_axis_mask")}
-        strides, shrink = tf.get_static_value(op.inputs[3]), op.get_attr("shrink_axis_mask")
-        if strides is None or masks["ellipsis_mask"] or masks["new_axis_mask"] or shrink & bit:
+        rank, strides = len(self._dims(op.inputs[0])), tf.get_static_value(op.inputs[3])
+        kept = None if strides is None else _sliced_axes(op, rank, [int(n) for n in strides])
+        return (
+            UNKNOWN
+            if kept is None or layouts[0].axis not in kept
+            else Rows(kept.index(layouts[0].axis), layouts[0].fold)
+        )
+
+    def _rule_Slice(self, op, layouts):
+        begin, size = (tf.get_static_value(t) for t in op.inputs[1:])
+        whole = begin is not None and size is not None and begin[layouts[0].axis] == 0 and size[layouts[0].axis] == -1
+        return layouts[0] if whole else UNKNOWN
+
+    def _rule_Tile(self, op, layouts):
+        """By a number that is known; more copies of the batch itself would not stand example by example."""
+        times = tf.get_static_value(op.inputs[1])
+        return layouts[0] if times is not None and times[layouts[0].axis] == 1 else UNKNOWN
+
+    def _rule_Cumsum(self, op, layouts):
+        axis = tf.get_static_value(op.inputs[1])
+        return (
+            layouts[0] if axis is not None and int(axis) % len(self._dims(op.inputs[0])) != layouts[0].axis else UNKNOWN
+        )
+
+    _rule_Cumprod = _rule_Cumsum
+
+    def _rule_ReverseV2(self, op, layouts):
+        axes = tf.get_static_value(op.inputs[1])
+        rank = len(self._dims(op.inputs[0]))
+        return UNKNOWN if axes is None or any(int(a) % rank == layouts[0].axis for a in axes) else layouts[0]
+
+    def _rule_ArgMax(self, op, layouts):
+        axis = tf.get_static_value(op.inputs[1])
+        if axis is None:
             return UNKNOWN
-        named = rows.axis < len(strides)
-        if named and not (masks["begin_mask"] & bit and masks["end_mask"] & bit and strides[rows.axis] == 1):
-            return UNKNOWN
-        return Rows(rows.axis - bin(shrink & (bit - 1)).count("1"), rows.fold)
+        axis = int(axis) % len(self._dims(op.inputs[0]))
+        return COUPLED if axis == layouts[0].axis else Rows(layouts[0].axis - (axis < layouts[0].axis), layouts[0].fold)
+
+    _rule_ArgMin = _rule_ArgMax
+
+    def _rule_MatrixBandPart(self, op, layouts):
+        return layouts[0] if layouts[0].axis < len(self._dims(op.inputs[0])) - 2 else UNKNOWN
 
     def _rule_GatherV2(self, op, layouts):
         axis = tf.get_static_value(op.inputs[2])
@@ -411,8 +480,29 @@ class _Look:
 _DATA_NOT_FIRST = frozenset(["ConcatV2", "Pack", "Split", "GatherV2", "ResourceGather", "BatchMatMulV2", "Einsum"])
 
 
-def _attribute(op: tf.Operation, name: str, default):
-    return op.get_attr(name) if name in op.node_def.attr else default
+def _sliced_axes(op: tf.Operation, rank: int, strides: list[int]) -> list[int | None] | None:
+    """For each axis of a slice, the input's axis that it holds in whole; None for a new or a cut axis.
+
+    None altogether where the slice cannot be read. Slices of one entry leave no axis.
+    """
+    masks = {name: op.get_attr(f"{name}_mask") for name in ("begin", "end", "ellipsis", "new_axis", "shrink_axis")}
+    kept: list[int | None] = []
+    axis, named = 0, len(strides)
+    for place in range(named):
+        bit = 1 << place
+        if masks["ellipsis"] & bit:
+            later = sum(1 for i in range(place + 1, named) if not masks["new_axis"] >> i & 1)
+            kept += range(axis, rank - later)
+            axis = rank - later
+        elif masks["new_axis"] & bit:
+            kept.append(None)
+        elif masks["shrink_axis"] & bit:
+            axis += 1
+        else:
+            whole = masks["begin"] & bit and masks["end"] & bit and strides[place] == 1
+            kept.append(axis if whole else None)
+            axis += 1
+    return kept + list(range(axis, rank)) if axis <= rank else None
 
 
 def _shapes(loss: tf.Tensor, data: list[tf.Tensor], batch: int, length: int) -> dict[int, list[int]]:

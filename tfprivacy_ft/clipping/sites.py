@@ -9,13 +9,21 @@ import dataclasses
 
 import tensorflow as tf
 
-from tfprivacy_ft.clipping import graph as graphs
-from tfprivacy_ft.clipping.layout import FREE, Layouts, Rows
+from tfprivacy_ft.clipping.layout import Layouts, Rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Meeting:
-    """An op whose input number `index` is `weight`, a variable's value perhaps reshaped; the rest is data."""
+    """An op whose input number `index` is `weight`, a variable's value or computed from it; the rest is data.
+
+    Args:
+      op: the op where the two meet.
+      index: which of its inputs the weight is.
+      weight: the weight as the op sees it.
+      variable_shape: of the gradients to form: the variable's where `weight` is its value, perhaps reshaped; else that
+        of `weight`.
+      layouts: the layouts of the trace.
+    """
 
     op: tf.Operation
     index: int
@@ -47,7 +55,8 @@ class UseSite(abc.ABC):
     """Each example's gradient of one variable at one op.
 
     Subclasses are made by `match`, which returns None for an op that they have no exact rule for, and then are given
-    the gradient at the op's output by `at`. All results are float32.
+    the gradient at the op's output by `at`. All results are float32, or float64 where the
+    model is.
     """
 
     def __init__(self, meeting: Meeting):
@@ -78,6 +87,23 @@ class Contribution(abc.ABC):
         """Squared l2 norm of each example's gradient, [B]."""
         each = self.per_example()
         return tf.reduce_sum(tf.square(flatten(each)), 1)
+
+    def added_to(self, other: "Contribution") -> "Contribution":
+        """The sum of the two, example by example: a variable that is used twice."""
+        return Instantiated(self.per_example() + other.per_example())
+
+    def scaled(self, factor: tf.Tensor) -> "Contribution":
+        """Every gradient times a scalar that belongs to no example."""
+        return Instantiated(self.per_example() * tf.cast(factor, self.per_example().dtype))
+
+    def transposed(self) -> "Contribution":
+        """For gradients that are matrices: G^T."""
+        return Instantiated(tf.transpose(self.per_example(), [0, 2, 1]))
+
+    def times(self, matrix: tf.Tensor) -> "Contribution":
+        """For gradients that are matrices: G @ matrix."""
+        each = self.per_example()
+        return Instantiated(tf.matmul(each, tf.cast(matrix, each.dtype)))
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
         """Sum over examples of weight times gradient, of the variable's shape. `weights` is [B]."""
@@ -112,7 +138,12 @@ def keep_rows(tensor: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
 
 def by_example(tensor: tf.Tensor, rows: Rows, batch_size: tf.Tensor) -> tf.Tensor:
     """[B * fold, ...] -> float32 [B, fold, ...]; fails when run if the rows are not the batch times `fold`."""
-    return split_rows(tf.cast(tensor, tf.float32), batch_size, rows.fold)
+    return split_rows(widened(tensor), batch_size, rows.fold)
+
+
+def widened(tensor: tf.Tensor) -> tf.Tensor:
+    """In float32, or in float64 if it is that already."""
+    return tensor if tensor.dtype == tf.float64 else tf.cast(tensor, tf.float32)
 
 
 def split_rows(tensor: tf.Tensor, batch_size: tf.Tensor, fold: int | None = None) -> tf.Tensor:
@@ -121,67 +152,3 @@ def split_rows(tensor: tf.Tensor, batch_size: tf.Tensor, fold: int | None = None
     return tf.reshape(
         tensor, tf.concat([tf.stack([batch_size, shape[0] // batch_size if fold is None else fold]), shape[1:]], 0)
     )
-
-
-def find_meetings(
-    variable: tf.Variable, loss: tf.Tensor, upstream: set[tf.Operation], layouts: Layouts
-) -> tuple[list[Meeting], tf.Operation | None]:
-    """The ops where `variable` meets data on its way to the per-example terms.
-
-    Args:
-      variable: a trainable variable.
-      loss: the traced loss.
-      upstream: the ops that the per-example terms are computed from.
-      layouts: the layouts of the trace.
-
-    Returns:
-      The meetings, and None; or what was found so far and the op that has no rule.
-    """
-    handle = _handle_in(loss.graph, variable)
-    if handle is None:
-        return [], None
-    meetings: list[Meeting] = []
-    shape = tuple(variable.shape.as_list())
-    values: list[tf.Tensor] = []
-    for op in handle.consumers():
-        if op not in upstream:
-            continue
-        if op.type == "ReadVariableOp":
-            values.append(op.outputs[0])
-        elif op.type == "ResourceGather":
-            meetings.append(Meeting(op, 0, op.inputs[0], shape, layouts))
-        else:
-            return meetings, op
-    while values:
-        value = values.pop()
-        for op in value.consumers():
-            if op not in upstream or op.type in graphs.SHAPE_OPS:
-                continue
-            index = next(i for i, t in enumerate(op.inputs) if t is value)
-            if any(layouts.of(t) is not FREE for t in op.outputs):
-                meetings.append(Meeting(op, index, value, shape, layouts))
-            elif op.type in ("Identity", "Cast", "Reshape", "Squeeze", "ExpandDims") and index == 0:
-                values.append(op.outputs[0])  # moves no entry to another example and changes no length
-            else:
-                return meetings, op
-    return meetings, None
-
-
-def _handle_in(graph: tf.Graph, variable: tf.Variable) -> tf.Tensor | None:
-    """The tensor by which `graph` knows the variable's handle; None where it does not use the variable."""
-    if not any(outer is variable.handle for outer, _ in _captures_through(graph)):
-        return None
-    return graph.capture(variable.handle)
-
-
-def _captures_through(graph: tf.Graph):
-    """Captures of `graph`, each also followed through the graphs around it to where it comes from."""
-    for outer, inner in graph.captures:
-        source = outer
-        while True:
-            holder = getattr(source, "graph", None)
-            further = next((o for o, i in getattr(holder, "captures", ()) if i is source), None)
-            if further is None:
-                break
-            source = further
-        yield source, inner

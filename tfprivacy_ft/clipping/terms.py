@@ -28,10 +28,13 @@ class Terms:
       per_example: tensors whose entries each belong to one example, or scalars that are sums of such; None where the
         scalar is not a data-independent linear combination of them.
       data_independent: scalars that depend on variables only, such as weight regularisers.
+      weighed_by_data: whether data weighs the per-example terms in the scalar, as a mask does that is normalised by how
+        much of the batch it leaves; then each example has a share of its own.
     """
 
     per_example: list[tf.Tensor] | None
     data_independent: list[tf.Tensor]
+    weighed_by_data: bool = False
 
 
 def find_terms(loss: tf.Tensor, layouts: Layouts, *, one_by_one: bool = False) -> Terms:
@@ -46,7 +49,7 @@ def find_terms(loss: tf.Tensor, layouts: Layouts, *, one_by_one: bool = False) -
     per_example: list[tf.Tensor] = []
     independent: list[tf.Tensor] = []
     stopped: list[tf.Tensor] = []
-    told_apart = True
+    told_apart, weighed = True, False
     seen: set[tuple[int, bool]] = set()
     stack = [(loss, False)]
     while stack:
@@ -66,6 +69,9 @@ def find_terms(loss: tf.Tensor, layouts: Layouts, *, one_by_one: bool = False) -
             per_example.append(tensor)
         else:
             parts, sized = _linear_parts(tensor.op, layouts)
+            if parts is None and not one_by_one and not layouts.batch_is_static:
+                parts = _weighed_part(tensor.op)
+                weighed = weighed or parts is not None
             told_apart = told_apart and parts is not None
             stopped += [tensor] if parts is None else []
             stack.extend((part, scaled_by_size or sized) for part in parts or [])
@@ -74,7 +80,7 @@ def find_terms(loss: tf.Tensor, layouts: Layouts, *, one_by_one: bool = False) -
     behind = {id(t) for op in graphs.ancestors([*per_example, *stopped]) for t in op.outputs}
     separate = [t for t in independent if id(t) not in behind and not graphs.has_own_gradient(t)]
     told_apart = told_apart and len(separate) == len(independent)
-    return Terms(per_example if told_apart and per_example else None, separate)
+    return Terms(per_example if told_apart and per_example else None, separate, weighed)
 
 
 def _is_sum_of_squares(tensor: tf.Tensor, layouts: Layouts) -> bool:
@@ -100,6 +106,19 @@ def _linear_parts(op: tf.Operation, layouts: Layouts) -> tuple[list[tf.Tensor] |
     return data, layouts.of(factors[0]) is SIZE
 
 
+def _weighed_part(op: tf.Operation) -> list[tf.Tensor] | None:
+    """What `op` multiplies by a weight that is made of data alone, or None if it does no such thing."""
+    if op.type not in ("Mul", "MulNoNan", "RealDiv", "Div", "DivNoNan"):
+        return None
+    behind = [_value_ops(t) for t in op.inputs]
+    learned = [any(o.type in ("ReadVariableOp", "ResourceGather") for o in ops) for ops in behind]
+    if any(graphs.is_random(o) for ops, is_learned in zip(behind, learned, strict=True) if not is_learned for o in ops):
+        return None
+    if learned == [True, False] or (learned == [False, True] and op.type == "Mul"):
+        return [op.inputs[learned.index(True)]]
+    return None
+
+
 def _value_ops(tensor: tf.Tensor) -> list[tf.Operation]:
     """The ops that the value of `tensor` comes from; sizes are not looked behind."""
     sizes = [t for op in graphs.ancestors([tensor]) if op.type in graphs.SHAPE_OPS for t in op.outputs]
@@ -113,43 +132,73 @@ class Share:
     Args:
       term: a per-example term of the loss.
       row: d(loss of one example alone) / d(that example's rows of `term`), [fold, ...]; a scalar for a scalar term.
+      differs: whether every example has a row of its own: [B, fold, ...].
     """
 
     term: tf.Tensor
     row: tf.Tensor
+    differs: bool = False
 
     def spread(self, examples: tf.Tensor) -> tf.Tensor:
         """`row` for each of `examples` examples, of the shape that `term` then has."""
+        if self.differs:
+            return tf.reshape(self.row, tf.shape(self.term))
         if self.term.shape.rank == 0:
             return self.row
         return tf.tile(self.row, tf.concat([[examples], tf.ones([self.term.shape.rank - 1], tf.int32)], 0))
 
 
-def find_shares(loss: tf.Tensor, terms: list[tf.Tensor], layouts: Layouts, batch_size: tf.Tensor) -> list[Share]:
+def find_shares(loss: tf.Tensor, terms: Terms, layouts: Layouts, data: list[tf.Tensor]) -> list[Share]:
     """The share of one example in the loss of that example alone, for each term that reaches the loss.
 
     The tail of the loss, from the terms on, is replayed for a batch of one. It is linear in the terms with factors that
-    depend on sizes only, so the derivative is all there is to know.
+    depend on sizes only, so the derivative is all there is to know; where data weighs the terms, it is taken for each
+    example with that example's data.
 
     Args:
       loss: the scalar loss.
-      terms: the per-example terms that `find_terms` gave.
+      terms: what `find_terms` gave, with per-example terms.
       layouts: the layouts of the trace.
-      batch_size: scalar int32, examples in this batch.
+      data: the tensors that hold the batch.
     """
-    alone = [_of_one_example(t, layouts, batch_size) for t in terms]
-    feed = list(zip(terms, alone, strict=True))
-    counts = {layouts.batch} | {math.prod(layouts.shape(t) or [0]) for t in terms}
-    for op in graphs.ancestors([loss], stop=terms):
+    parts = terms.per_example or []
+    batch_size = tf.shape(data[0])[0]
+    feed = [(t, _of_one_example(t, layouts, batch_size)) for t in parts]
+    counts = {layouts.batch} | {math.prod(layouts.shape(t) or [0]) for t in parts}
+    used: list[tf.Tensor] = []
+    for op in graphs.ancestors([loss], stop=[*parts, *data]):
         if op.type in graphs.SHAPE_OPS and op.type != "Rank" and isinstance(layouts.of(op.inputs[0]), Rows):
             feed.extend((out, _size_alone(op, out, layouts, batch_size)) for out in op.outputs)
         elif op.type in ("Placeholder", "ReadVariableOp") or graphs.is_random(op):
             feed.extend((out, out) for out in op.outputs)
         elif op.type == "Const" and layouts.batch_is_static:
             feed.append((op.outputs[0], _constant_alone(op.outputs[0], layouts.batch, counts)))
-    (loss_alone,) = graphs.replay([loss], feed, loss.graph)
-    gradients = tf.gradients(loss_alone, alone)
-    return [Share(t, g) for t, g in zip(terms, gradients, strict=True) if g is not None]
+        used.extend(op.inputs)
+    if not terms.weighed_by_data:
+        feed += [(t, t) for t in data]
+        rows = _shares_of(loss, feed, parts)
+        return [Share(t, row) for t, row in zip(parts, rows, strict=True) if row is not None]
+    weights = [t for t in data if any(t is other for other in used)]
+
+    def of_one(examples: list[tf.Tensor]) -> list[tf.Tensor]:
+        body = tf.compat.v1.get_default_graph()
+        inside = [(old, body.capture(new)) for old, new in feed] + [
+            (t, row[None]) for t, row in zip(weights, examples, strict=True)
+        ]
+        given = _shares_of(loss, inside, parts, body)
+        return [tf.zeros_like(zero) if row is None else row for row, (_, zero) in zip(given, inside, strict=False)]
+
+    rows = tf.vectorized_map(of_one, weights)
+    return [Share(t, row, differs=True) for t, row in zip(parts, rows, strict=True)]
+
+
+def _shares_of(
+    loss: tf.Tensor, feed: list[tuple[tf.Tensor, tf.Tensor]], terms: list[tf.Tensor], graph=None
+) -> list[tf.Tensor | None]:
+    """The derivatives of the replayed loss by what stands for each term; None where it does not reach the loss."""
+    replacement = {id(old): new for old, new in feed}
+    (loss_alone,) = graphs.replay([loss], feed, graph or loss.graph)
+    return tf.gradients(loss_alone, [replacement[id(t)] for t in terms])
 
 
 def _of_one_example(term: tf.Tensor, layouts: Layouts, batch_size: tf.Tensor) -> tf.Tensor:

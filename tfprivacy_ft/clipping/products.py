@@ -1,0 +1,279 @@
+"""Matrix products: Dense on any rank, EinsumDense, attention projections, everything written as MatMul or Einsum.
+
+An op is read as an Einsum, and its axes are sorted by what they do: `shared` ones are in data, weight and output,
+`inner` ones in data and weight, `outer` ones in weight and output, and all others of an example (time) are summed
+over. Each example's gradient is then, for each shared index, a product inputs^T [inner, T] @ outputs [T, outer].
+"""
+
+import dataclasses
+import math
+
+import tensorflow as tf
+
+from tfprivacy_ft.clipping.layout import Rows
+from tfprivacy_ft.clipping.sites import Contribution, Meeting, UseSite, flatten, keep_rows, widened
+
+_GRAM_ADVANTAGE = 1.0  # how much fewer multiplications norms by pairs of rows must take
+_GRAM_SLACK = 2.0**-20  # of what rows of one direction would give: what rounding can hide where rows cancel
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """An op as an Einsum of data and a weight: a letter for each axis, the batch being `batch`."""
+
+    data: str
+    weight: str
+    output: str
+    batch: str
+
+    @property
+    def shared(self) -> str:
+        return "".join(c for c in self.weight if c in self.data and c in self.output)
+
+    @property
+    def inner(self) -> str:
+        return "".join(c for c in self.weight if c in self.data and c not in self.output)
+
+    @property
+    def outer(self) -> str:
+        return "".join(c for c in self.weight if c not in self.data)
+
+    @property
+    def time(self) -> str:
+        return "".join(c for c in self.data if c in self.output and c not in self.weight + self.batch)
+
+
+class ProductSite(UseSite):
+    """A MatMul, BatchMatMul or Einsum of data and a weight without a batch axis."""
+
+    def __init__(self, meeting: Meeting, labels: Labels):
+        super().__init__(meeting)
+        self._labels = labels
+
+    @classmethod
+    def match(cls, meeting: Meeting) -> "ProductSite | None":
+        labels = _labels(meeting)
+        return None if labels is None or not meeting.weight.shape.is_fully_defined() else cls(meeting, labels)
+
+    def at(self, gradient: tf.Tensor, batch_size: tf.Tensor) -> Contribution:
+        meeting, labels = self.meeting, self._labels
+        sizes = dict(zip(labels.weight, meeting.weight.shape.as_list(), strict=True))
+        data, rows = meeting.other(), meeting.layouts.of(meeting.other())
+        assert isinstance(rows, Rows)
+        unused = [i for i, c in enumerate(labels.data) if c not in labels.weight + labels.output]
+        inputs = tf.reduce_sum(widened(data), unused) if unused else widened(data)
+        kept = "".join(c for i, c in enumerate(labels.data) if i not in unused)
+        known = dict(zip(labels.data, data.shape.as_list(), strict=True))
+        time = [rows.fold, *(known[c] for c in labels.time)]
+        steps = None if None in time else math.prod(time)
+        inputs = _by_example(inputs, kept, labels, labels.inner, sizes, rows.fold, batch_size)
+        outputs = _by_example(widened(gradient), labels.output, labels, labels.outer, sizes, rows.fold, batch_size)
+        return Products(inputs, outputs, steps, _Arrangement.of(labels, sizes, meeting.variable_shape))
+
+
+def _labels(meeting: Meeting) -> Labels | None:
+    """The op's axes, or None where it is no product of data and weight with a single batch axis."""
+    op, place = meeting.op, meeting.layouts.of(meeting.output)
+    if len(op.inputs) != 2 or not isinstance(place, Rows):
+        return None
+    data = meeting.layouts.of(meeting.other())
+    terms = _letters(op)
+    if terms is None or not isinstance(data, Rows):
+        return None
+    labels = Labels(terms[1 - meeting.index], terms[meeting.index], terms[2], terms[2][place.axis])
+    # Each axis once in each; the batch in data and output, at the same place; no axis that is the weight's alone.
+    once = all(len(set(t)) == len(t) for t in terms)
+    of_batch = labels.data[data.axis] == labels.batch and labels.batch not in labels.weight and data.fold == place.fold
+    used = all(c in labels.data + labels.output for c in labels.weight)
+    made = all(c in labels.data + labels.weight for c in labels.output)
+    return labels if once and of_batch and used and made else None
+
+
+def _letters(op: tf.Operation) -> tuple[str, str, str] | None:
+    """The axes of the two inputs and of the output."""
+    if op.type == "Einsum":
+        operands, _, output = op.get_attr("equation").decode().partition("->")
+        left, _, right = operands.partition(",")
+        return None if "." in operands + output else (left, right, output)
+    if op.type == "MatMul":
+        left = "ba" if op.get_attr("transpose_a") else "ab"
+        return left, "cb" if op.get_attr("transpose_b") else "bc", "ac"
+    if op.type not in ("BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"):
+        return None
+    ranks = [t.shape.rank for t in op.inputs]
+    if None in ranks or ranks[0] - 2 > 20 or min(ranks) < 2:
+        return None
+    # Axes before the matrices count from the last one; a weight that has them broadcasts unless sizes agree.
+    shapes = [t.shape.as_list()[:-2] for t in op.inputs]
+    if len(shapes[0]) and len(shapes[1]):
+        aligned = zip(reversed(shapes[0]), reversed(shapes[1]), strict=False)
+        if any(a is None or a != b for a, b in aligned):
+            return None
+    outside = "defghijklmnopqrstuvwxyz"[: max(ranks) - 2]
+    left, right = (outside[len(outside) - (rank - 2) :] for rank in ranks)
+    left += "ba" if op.get_attr("adj_x") else "ab"
+    right += "cb" if op.get_attr("adj_y") else "bc"
+    return left, right, outside + "ac"
+
+
+def _by_example(tensor, axes: str, labels: Labels, last: str, sizes: dict[str, int], fold, batch_size) -> tf.Tensor:
+    """[..., B * fold, ...] -> [B, (shared,) time, last], the time with the fold; (shared) where there is such an axis."""
+    order = [
+        axes.index(labels.batch),
+        *(axes.index(c) for c in labels.time),
+        *(axes.index(c) for c in labels.shared + last),
+    ]
+    width = math.prod(sizes[c] for c in last)
+    if labels.shared:
+        # Rows of one example lie behind one another only with the batch in front: first split it from its fold.
+        front = _transposed(tensor, order)
+        shared = math.prod(sizes[c] for c in labels.shared)
+        apart = tf.reshape(front, tf.stack([batch_size, -1, shared, width]))
+        return tf.transpose(apart, [0, 2, 1, 3])
+    if fold is None:
+        return tf.reshape(_transposed(tensor, order), tf.stack([batch_size, -1, width]))
+    time = [tensor.shape[axes.index(c)] for c in labels.time]
+    steps = -1 if None in time else fold * math.prod(time)
+    return tf.ensure_shape(
+        tf.reshape(_transposed(tensor, order), tf.stack([batch_size, steps, width])),
+        [None, None if steps == -1 else steps, width],
+    )
+
+
+def _transposed(tensor: tf.Tensor, order: list[int]) -> tf.Tensor:
+    return tensor if order == sorted(order) else tf.transpose(tensor, order)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arrangement:
+    """How gradients [shared, inner, outer] become the weight's own shape."""
+
+    sizes: tuple[int, ...]  # of the axes of shared, inner, outer, one by one
+    order: tuple[int, ...]  # of those axes in the weight
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, labels: Labels, sizes: dict[str, int], shape: tuple[int, ...]) -> "_Arrangement":
+        axes = labels.shared + labels.inner + labels.outer
+        return cls(tuple(sizes[c] for c in axes), tuple(axes.index(c) for c in labels.weight), shape)
+
+    def apply(self, gradient: tf.Tensor, examples: bool) -> tf.Tensor:
+        """Of one gradient, or of [B, ...] gradients."""
+        front = [-1] if examples else []
+        if list(self.order) != sorted(self.order):
+            gradient = tf.reshape(gradient, front + list(self.sizes))
+            gradient = tf.transpose(gradient, [0, *(i + 1 for i in self.order)] if examples else self.order)
+        return tf.reshape(gradient, front + list(self.shape))
+
+
+class Products(Contribution):
+    """Example i's gradient is inputs[i]^T @ outputs[i]: a sum over time of outer products.
+
+    Args:
+      inputs: [B, T, P] or, with shared axes, [B, S, T, P].
+      outputs: [B, T, Q] or [B, S, T, Q].
+      steps: T where it is known.
+      arrangement: from [S, P, Q] to the weight's shape.
+    """
+
+    def __init__(self, inputs: tf.Tensor, outputs: tf.Tensor, steps: int | None, arrangement: _Arrangement):
+        self._inputs, self._outputs, self._steps, self._arrangement = inputs, outputs, steps, arrangement
+        width, height = inputs.shape[-1], outputs.shape[-1]
+        self._by_pairs = steps is not None and steps * (width + height) * _GRAM_ADVANTAGE < width * height
+        self._each = None if steps == 1 or self._by_pairs else tf.matmul(inputs, outputs, transpose_a=True)
+
+    def squared_norms(self) -> tf.Tensor:
+        if self._each is not None:
+            return tf.reduce_sum(tf.square(flatten(self._each)), 1)
+        of_inputs, of_outputs = norms(self._inputs), norms(self._outputs)  # [B, (S,) T]
+        alone = of_inputs * of_outputs
+        if self._steps == 1:
+            return tf.reduce_sum(tf.square(flatten(alone)), 1)
+        return self._norms_by_pairs(of_inputs, of_outputs, alone)
+
+    def _norms_by_pairs(self, of_inputs: tf.Tensor, of_outputs: tf.Tensor, alone: tf.Tensor) -> tf.Tensor:
+        """|sum_t a_t g_t^T|^2 = sum_{s,t} (a_s . a_t) (g_s . g_t), rounded upward (Bu et al. 2022, ghost norm).
+
+        Rows are divided by the largest norm of their example first: a square may be too small to be seen where the
+        product is not.
+        """
+        scale_in, scale_out = (tf.reduce_max(n, -1, keepdims=True) for n in (of_inputs, of_outputs))
+        inputs, outputs = (
+            t / tf.where(s > 0, s, 1.0)[..., None] for t, s in ((self._inputs, scale_in), (self._outputs, scale_out))
+        )
+        pairs = tf.matmul(inputs, inputs, transpose_b=True) * tf.matmul(outputs, outputs, transpose_b=True)
+        scale = scale_in * scale_out
+        bound = tf.reduce_sum(alone / tf.where(scale > 0, scale, 1.0), -1)
+        unit = tf.maximum(tf.reduce_sum(pairs, [-2, -1]), 0.0) + _GRAM_SLACK * tf.square(bound)
+        return tf.reduce_sum(flatten((unit * tf.square(scale[..., 0]))[:, None]), 1)
+
+    def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
+        weights = tf.cast(weights, self._inputs.dtype)
+        if self._each is not None:
+            total = tf.linalg.matvec(flatten(self._each), weights, transpose_a=True)
+            return self._arrangement.apply(total, examples=False)
+        outputs = self._outputs * tf.reshape(weights, [-1] + [1] * (self._outputs.shape.rank - 1))
+        if self._inputs.shape.rank == 4:
+            return self._arrangement.apply(tf.einsum("bstp,bstq->spq", self._inputs, outputs), examples=False)
+        inputs, outputs = (tf.reshape(t, [-1, t.shape[-1]]) for t in (self._inputs, outputs))
+        return self._arrangement.apply(tf.matmul(inputs, outputs, transpose_a=True), examples=False)
+
+    def per_example(self) -> tf.Tensor:
+        each = tf.matmul(self._inputs, self._outputs, transpose_a=True) if self._each is None else self._each
+        return self._arrangement.apply(each, examples=True)
+
+    def keep(self, rows: tf.Tensor) -> Contribution:
+        return Products(keep_rows(self._inputs, rows), keep_rows(self._outputs, rows), self._steps, self._arrangement)
+
+    def added_to(self, other: Contribution) -> Contribution:
+        """A kernel that is applied twice is applied to twice the time, however its axes are called."""
+        if not isinstance(other, Products):
+            return super().added_to(other)
+        mine, theirs = (c._as_matrices() or c for c in (self, other))
+        if mine._arrangement != theirs._arrangement or mine._inputs.shape.rank != 3 or theirs._inputs.shape.rank != 3:
+            return super().added_to(other)
+        steps = None if mine._steps is None or theirs._steps is None else mine._steps + theirs._steps
+        inputs = tf.concat([mine._inputs, theirs._inputs], 1)
+        return Products(inputs, tf.concat([mine._outputs, theirs._outputs], 1), steps, mine._arrangement)
+
+    def scaled(self, factor: tf.Tensor) -> Contribution:
+        scaled = self._outputs * tf.cast(factor, self._outputs.dtype)
+        return Products(self._inputs, scaled, self._steps, self._arrangement)
+
+    def transposed(self) -> Contribution:
+        mine = self._as_matrices()
+        return super().transposed() if mine is None else matrices(mine._outputs, mine._inputs, mine._steps)
+
+    def times(self, matrix: tf.Tensor) -> Contribution:
+        mine = self._as_matrices()
+        if mine is None:
+            return super().times(matrix)
+        outputs = tf.matmul(mine._outputs, tf.cast(matrix, mine._outputs.dtype))
+        return matrices(mine._inputs, outputs, mine._steps)
+
+    def _as_matrices(self) -> "Products | None":
+        """The same with gradients that are [rows, columns] of the weight as it lies, or None if it is no such matrix."""
+        flat = (self._inputs.shape[-1], self._outputs.shape[-1])
+        if self._inputs.shape.rank != 3 or len(self._arrangement.shape) != 2:
+            return None
+        if list(self._arrangement.order) == sorted(self._arrangement.order) and flat == self._arrangement.shape:
+            return self
+        if self._arrangement.order == (1, 0) and flat[::-1] == self._arrangement.shape:
+            return matrices(self._outputs, self._inputs, self._steps)
+        return None
+
+
+def matrices(inputs: tf.Tensor, outputs: tf.Tensor, steps: int | None) -> Products:
+    """Gradients inputs[i]^T @ outputs[i] of a weight [P, Q]; inputs [B, T, P], outputs [B, T, Q]."""
+    shape = (inputs.shape[-1], outputs.shape[-1])
+    return Products(inputs, outputs, steps, _Arrangement(shape, (0, 1), shape))
+
+
+def norms(rows: tf.Tensor) -> tf.Tensor:
+    """The l2 norm along the last axis, of whatever magnitude.
+
+    Squaring would underflow where a product of two norms does not, and a norm of 0 would not be clipped.
+    """
+    largest = tf.reduce_max(tf.abs(rows), -1)
+    scale = tf.where(largest > 0, largest, 1.0)
+    return scale * tf.sqrt(tf.reduce_sum(tf.square(rows / scale[..., None]), -1))
