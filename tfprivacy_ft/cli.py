@@ -5,6 +5,7 @@ process behind; TensorFlow is imported by the work itself, so that `--help` and 
 """
 
 import argparse
+import pathlib
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -98,8 +99,8 @@ def _demo(**options: Any) -> None:
 def _warnings_as_sentences(options: Iterable[str]) -> Iterator[None]:
     """Shows this project's warnings as one line each, without the code that raised them; hides other libraries' own."""
 
-    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        if issubclass(category, UserWarning):
+    def show(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
+        if issubclass(category, UserWarning) and not {"keras", "tensorflow"} & set(pathlib.Path(filename).parts):
             sys.stderr.write(f"tfprivacy-ft: warning: {_with_option_names(str(message), options)}\n")
 
     with warnings.catch_warnings():

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import re
 import signal
 import subprocess
 import sys
@@ -71,10 +72,16 @@ def demo(tmp_path_factory):
     return subprocess.run(command, capture_output=True, text=True, timeout=600), runs / "002"
 
 
+def without_start_up(text):
+    """What was written, but for the lines that TensorFlow 2.21 writes at its start before any program can silence it."""
+    lines = [s for s in text.splitlines() if not re.match(r"WARNING: All log messages before absl|[IEW]0000 ", s)]
+    return "\n".join(lines)
+
+
 @pytest.mark.slow
 def test_demo_prints_one_table_and_where_the_rest_is(demo):
     ran, folder = demo
-    assert (ran.returncode, ran.stderr) == (0, "")
+    assert (ran.returncode, without_start_up(ran.stderr)) == (0, "")
     assert len(ran.stdout.splitlines()) < 40
     rows = [line.split() for line in ran.stdout.splitlines() if " example " in line or " client " in line]
     for row, unit in zip((r for r in rows if "poisson" in r), PRIVATE_RUNS.values(), strict=True):

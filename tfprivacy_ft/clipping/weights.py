@@ -7,6 +7,7 @@ vector-Jacobian product of that way, for all examples at once.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import tensorflow as tf
@@ -123,7 +124,7 @@ def _steps_back(use: Use) -> list[_Step] | None:
         if (op.type in ("AddV2", "Add", "AddN") and source.shape == tensor.shape) or op.type == "Identity":
             pass
         elif op.type == "Mul" and source.shape == tensor.shape and others[0].shape.rank == 0:
-            steps.append(lambda c, factor=others[0]: c.scaled(factor))
+            steps.append(functools.partial(_scaled, factor=others[0]))
         elif op.type == "MatMul":
             steps += _through_product(op, source is op.inputs[0], others[0])
         elif op.type == "Transpose" and source.shape.rank == 2 and _is_swap(op.inputs[1]):
@@ -132,6 +133,10 @@ def _steps_back(use: Use) -> list[_Step] | None:
             return None
         tensor = source
     return steps
+
+
+def _scaled(contribution: Contribution, factor: tf.Tensor) -> Contribution:
+    return contribution.scaled(factor)
 
 
 def _through_product(op: tf.Operation, left: bool, other: tf.Tensor) -> list[_Step]:

@@ -77,10 +77,10 @@ def used_twice(layer, between=lambda t: t):
 
 
 CASES = {
-    "einsum_dense": ((6, 3), lambda t: flat(layers.EinsumDense("abc,cd->abd", (None, 5), bias_axes="d")(t))),
+    "einsum_dense": ((6, 3), lambda t: flat(layers.EinsumDense("abc,cd->abd", (6, 5), bias_axes="d")(t))),
     "einsum_dense_of_heads": (
         (6, 3),
-        lambda t: flat(layers.EinsumDense("abc,cde->abde", (None, 2, 5), bias_axes="de")(t)),
+        lambda t: flat(layers.EinsumDense("abc,cde->abde", (6, 2, 5), bias_axes="de")(t)),
     ),
     "einsum_dense_over_time": ((6, 3), lambda t: flat(layers.EinsumDense("abc,bd->adc", (5, 3))(t))),
     "a_matrix_for_each_head": ((2, 6, 3), lambda t: flat(Einsum("bhtd,hde->bhte", (2, 3, 5))(t))),
@@ -97,7 +97,7 @@ CASES = {
     "causal_attention": ((6, 3), causal_attention),
     "transformer_block": ((6, 3), transformer_block),
     "kernel_used_twice": ((6, 3), used_twice(layers.Dense(3, "tanh"))),
-    "heads_used_twice": ((6, 3), used_twice(layers.EinsumDense("abc,cde->abde", (None, 1, 3)), layers.Reshape((6, 3)))),
+    "heads_used_twice": ((6, 3), used_twice(layers.EinsumDense("abc,cde->abde", (6, 1, 3)), layers.Reshape((6, 3)))),
 }
 
 
