@@ -16,7 +16,7 @@ from tfprivacy_ft import keras_compat
 from tfprivacy_ft.clipping import graph as graphs
 from tfprivacy_ft.clipping import one_by_one
 from tfprivacy_ft.clipping.broadcast import ScaleSite, ShiftSite
-from tfprivacy_ft.clipping.convolution import Conv2DSite
+from tfprivacy_ft.clipping.convolution import ConvolutionSite
 from tfprivacy_ft.clipping.dense import MatMulSite
 from tfprivacy_ft.clipping.embedding import EmbeddingSite
 from tfprivacy_ft.clipping.layout import COUPLED, Layouts
@@ -24,7 +24,7 @@ from tfprivacy_ft.clipping.sites import Contribution, Instantiated, UseSite, fin
 from tfprivacy_ft.clipping.terms import Share, find_shares, find_terms
 from tfprivacy_ft.errors import UnsupportedModelError
 
-SITES: tuple[type[UseSite], ...] = (MatMulSite, Conv2DSite, ShiftSite, ScaleSite, EmbeddingSite)
+SITES: tuple[type[UseSite], ...] = (MatMulSite, ConvolutionSite, ShiftSite, ScaleSite, EmbeddingSite)
 
 _log = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@
   SIZE      it depends on the batch's shape only,
   Rows      axis `axis` holds the batch, `fold` rows for each example, one example after the other; every row is
             computed from its own example alone,
+  Blocks    axis 0 holds such rows several times over, all first ones before all second ones (SpaceToBatchND),
   COUPLED   an op that is known to mix examples made it (a sum over the batch),
   UNKNOWN   an op without a rule made it, so nothing is claimed.
 A wrong `Rows` would be a privacy bug, so an op has a rule or is UNKNOWN. The shapes that the rules need are found by
@@ -19,6 +20,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfprivacy_ft import keras_compat
+from tfprivacy_ft.clipping import calls
 from tfprivacy_ft.clipping import graph as graphs
 
 _BATCH = 10_007  # a prime that no layer's width is a multiple of, by any likelihood
@@ -34,6 +36,14 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Axis 0 holds `blocks` times over what `Rows(0, fold)` says, one block after the other."""
+
+    blocks: int
+    fold: int | None = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class _Word:
     name: str
 
@@ -42,7 +52,7 @@ class _Word:
 
 
 FREE, SIZE, COUPLED, UNKNOWN = _Word("FREE"), _Word("SIZE"), _Word("COUPLED"), _Word("UNKNOWN")
-Layout = Rows | _Word
+Layout = Rows | Blocks | _Word
 
 _UNARY = frozenset(
     """Identity Cast Tanh Relu Relu6 Elu Selu LeakyRelu Sigmoid Softplus Softsign Exp Expm1 Log Log1p Neg Square
@@ -62,6 +72,7 @@ _IMAGE = frozenset(
     """Conv2D Conv3D DepthwiseConv2dNative MaxPool MaxPoolV2 AvgPool MaxPool3D AvgPool3D ResizeBilinear
     ResizeNearestNeighbor ResizeBicubic""".split()
 )
+_BY_ROW = _UNARY | _RESHAPES | _IMAGE | set(calls.TRANSPOSED)
 _SHAPED_BY = {  # ops whose named inputs only say a shape, a size or a position
     "Reshape": {1},
     "ExpandDims": {1},
@@ -72,6 +83,10 @@ _SHAPED_BY = {  # ops whose named inputs only say a shape, a size or a position
     "StridedSlice": {1, 2, 3},
     "Slice": {1, 2},
     "Transpose": {1},
+    "SpaceToBatchND": {1, 2},
+    "BatchToSpaceND": {1, 2},
+    "Conv2DBackpropInput": {0},
+    "Conv3DBackpropInputV2": {0},
 }
 
 
@@ -133,6 +148,8 @@ def _agreed(one: Layout, other: Layout) -> Layout:
     """What two looks with different unknown lengths both say."""
     if isinstance(one, Rows) and isinstance(other, Rows) and one.axis == other.axis:
         return one if one.fold == other.fold else Rows(one.axis, None)
+    if isinstance(one, Blocks) and isinstance(other, Blocks) and one.blocks == other.blocks:
+        return one if one.fold == other.fold else Blocks(one.blocks, None)
     return one if one is other else UNKNOWN
 
 
@@ -171,9 +188,12 @@ class _Look:
             self.first_unknown = self.first_unknown or op
 
     def _checked(self, tensor: tf.Tensor, layout: Layout) -> Layout:
+        shape = self.shape(tensor)
+        if isinstance(layout, Blocks):
+            fine = shape and shape[0] == self.batch * (layout.fold or 0) * layout.blocks
+            return layout if fine else UNKNOWN
         if not isinstance(layout, Rows):
             return layout
-        shape = self.shape(tensor)
         if shape is None or layout.axis >= len(shape) or shape[layout.axis] != self.batch * (layout.fold or 0):
             return UNKNOWN
         return layout
@@ -216,6 +236,8 @@ class _Look:
             return UNKNOWN  # its gradient is not the one that its type says
         if any(self.shape(t) is None for t in op.inputs):
             return UNKNOWN
+        if any(isinstance(layout, Blocks) for layout in layouts):
+            return self._blocks(op, layouts)
         if kind in _UNARY:
             return layouts[0]
         if kind in _ELEMENTWISE:
@@ -276,6 +298,65 @@ class _Look:
         channels_last = _attribute(op, "data_format", b"NHWC") in (b"NHWC", b"NDHWC")
         windows = [_attribute(op, name, [1])[0] for name in ("ksize", "strides")]
         return layouts[0] if alone and channels_last and windows == [1, 1] else UNKNOWN
+
+    def _rule_Conv2DBackpropInput(self, op, layouts):
+        rows, known = layouts[2], op.outputs[0].shape.rank and op.outputs[0].shape[1:].is_fully_defined()
+        apart = known or (op.inputs[0].op.type == "Pack" and all(map(self._avoids_batch, op.inputs[0].op.inputs[1:])))
+        fine = isinstance(rows, Rows) and rows.axis == 0 and layouts[:2] == [FREE, FREE] and apart
+        channels_last = _attribute(op, "data_format", b"NHWC") in (b"NHWC", b"NDHWC")
+        return rows if fine and channels_last and op.get_attr("strides")[0] == 1 else UNKNOWN
+
+    _rule_Conv3DBackpropInputV2 = _rule_Conv2DBackpropInput
+
+    def _rule_PartitionedCall(self, op, layouts):
+        """A grouped convolution, which is traced as a function."""
+        data = [i for i, layout in enumerate(layouts) if layout is not FREE]
+        call = calls.find(op) if len(data) == 1 else None
+        return layouts[data[0]] if call and call.data == data[0] and layouts[data[0]].axis == 0 else UNKNOWN
+
+    _rule_StatefulPartitionedCall = _rule_PartitionedCall
+
+    def _rule_SpaceToBatchND(self, op, layouts):
+        blocks, rows = calls.block_count(op), layouts[0]
+        fine = rows.axis == 0 and self._avoids_batch(op.inputs[2])
+        return Blocks(blocks, rows.fold) if blocks and fine else UNKNOWN
+
+    def _blocks(self, op: tf.Operation, layouts: list[Any]) -> Layout:
+        """Between SpaceToBatchND and its way back only ops are followed that treat every row alike."""
+        blocks = layouts[0] if isinstance(layouts[0], Blocks) else layouts[-1]
+        if op.type == "BatchToSpaceND":
+            whole = calls.block_count(op) == blocks.blocks and self._avoids_batch(op.inputs[2])
+            return Rows(0, blocks.fold) if whole and layouts[0] == blocks else UNKNOWN
+        if layouts.count(blocks) != 1 or op.type not in _BY_ROW:
+            return UNKNOWN
+        rows = Rows(0, blocks.blocks * (blocks.fold or 0))
+        kept = self._data_rule(op, [rows if v == blocks else v for v in layouts])
+        return blocks if kept == rows else UNKNOWN
+
+    def _avoids_batch(self, size: tf.Tensor) -> bool:
+        """Whether a size that is computed when run is made of lengths of axes other than the batch's."""
+        stack = [size]
+        while stack:
+            tensor = stack.pop()
+            if self.of(tensor) is FREE:
+                continue
+            if tensor.op.type == "StridedSlice":
+                source, first = tensor.op.inputs[0].op, tf.get_static_value(tensor.op.inputs[1])
+                end, plain = tf.get_static_value(tensor.op.inputs[2]), not any(map(tensor.op.get_attr, _MASKS))
+                if plain and source.type == "Shape" and first is not None:
+                    rows = self.of(source.inputs[0])
+                    axis = rows.axis if isinstance(rows, Rows) else 0
+                    if isinstance(rows, Rows | Blocks) and first[0] > axis:
+                        continue
+                elif (
+                    plain and source.type == "Pack" and first is not None and end is not None and 0 <= first[0] < end[0]
+                ):
+                    stack.extend(source.inputs[first[0] : end[0]])
+                    continue
+            if tensor.op.type in graphs.SHAPE_OPS or not tensor.op.inputs:
+                return False
+            stack.extend(tensor.op.inputs)
+        return True
 
     def _rule_BiasAdd(self, op, layouts):
         last = len(self._dims(op.inputs[0])) - 1
@@ -408,7 +489,13 @@ class _Look:
         return COUPLED
 
 
-_DATA_NOT_FIRST = frozenset(["ConcatV2", "Pack", "Split", "GatherV2", "ResourceGather", "BatchMatMulV2", "Einsum"])
+_DATA_NOT_FIRST = frozenset(
+    """ConcatV2 Pack Split GatherV2 ResourceGather BatchMatMulV2 Einsum Conv2DBackpropInput Conv3DBackpropInputV2
+    PartitionedCall StatefulPartitionedCall""".split()
+)
+
+
+_MASKS = ("begin_mask", "end_mask", "ellipsis_mask", "new_axis_mask")
 
 
 def _attribute(op: tf.Operation, name: str, default):
@@ -427,7 +514,7 @@ def _shapes(loss: tf.Tensor, data: list[tf.Tensor], batch: int, length: int) -> 
         fed = {id(old) for old, _ in feed}
         inside = [t for op in graphs.ancestors([loss], stop=data) for t in op.outputs if id(t) not in fed]
         try:
-            copies = graphs.replay(inside, feed, scratch)
+            copies = graphs.replay(inside, feed, scratch, calls.opened)
         except (ValueError, tf.errors.OpError):  # shapes that fit no other batch: then nothing is claimed
             return {}
     pairs = feed + list(zip(inside, copies, strict=True))

@@ -9,6 +9,7 @@ import dataclasses
 
 import tensorflow as tf
 
+from tfprivacy_ft.clipping import calls
 from tfprivacy_ft.clipping import graph as graphs
 from tfprivacy_ft.clipping.layout import FREE, Layouts, Rows
 
@@ -150,6 +151,9 @@ def find_meetings(
             values.append(op.outputs[0])
         elif op.type == "ResourceGather":
             meetings.append(Meeting(op, 0, op.inputs[0], shape, layouts))
+        elif op.type in calls.CALLS:
+            index = next(i for i, t in enumerate(op.inputs) if t is handle)
+            meetings.append(Meeting(op, index, handle, shape, layouts))
         else:
             return meetings, op
     while values:
