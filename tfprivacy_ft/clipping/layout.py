@@ -340,23 +340,27 @@ class _Look:
             tensor = stack.pop()
             if self.of(tensor) is FREE:
                 continue
-            if tensor.op.type == "StridedSlice":
-                source, first = tensor.op.inputs[0].op, tf.get_static_value(tensor.op.inputs[1])
-                end, plain = tf.get_static_value(tensor.op.inputs[2]), not any(map(tensor.op.get_attr, _MASKS))
-                if plain and source.type == "Shape" and first is not None:
-                    rows = self.of(source.inputs[0])
-                    axis = rows.axis if isinstance(rows, Rows) else 0
-                    if isinstance(rows, Rows | Blocks) and first[0] > axis:
-                        continue
-                elif (
-                    plain and source.type == "Pack" and first is not None and end is not None and 0 <= first[0] < end[0]
-                ):
-                    stack.extend(source.inputs[first[0] : end[0]])
-                    continue
+            followed = self._sliced(tensor.op) if tensor.op.type == "StridedSlice" else None
+            if followed is not None:
+                stack.extend(followed)
+                continue
             if tensor.op.type in graphs.SHAPE_OPS or not tensor.op.inputs:
                 return False
             stack.extend(tensor.op.inputs)
         return True
+
+    def _sliced(self, op: tf.Operation) -> list[tf.Tensor] | None:
+        """Of a slice of a shape or of stacked sizes, the sizes that it takes, less those of axes behind the batch's."""
+        source, begin, end = op.inputs[0].op, *(tf.get_static_value(t) for t in op.inputs[1:3])
+        if begin is None or end is None or begin[0] < 0 or any(map(op.get_attr, _MASKS)):
+            return None
+        if source.type == "Pack" and source.get_attr("axis") == 0:
+            return list(source.inputs[begin[0] : None if op.get_attr("end_mask") & 1 else end[0]])
+        if source.type != "Shape":
+            return None
+        rows = self.of(source.inputs[0])
+        behind = isinstance(rows, Rows | Blocks) and begin[0] > (rows.axis if isinstance(rows, Rows) else 0)
+        return [] if behind else None
 
     def _rule_BiasAdd(self, op, layouts):
         last = len(self._dims(op.inputs[0])) - 1
@@ -495,7 +499,7 @@ _DATA_NOT_FIRST = frozenset(
 )
 
 
-_MASKS = ("begin_mask", "end_mask", "ellipsis_mask", "new_axis_mask")
+_MASKS = ("begin_mask", "ellipsis_mask", "new_axis_mask")
 
 
 def _attribute(op: tf.Operation, name: str, default):
