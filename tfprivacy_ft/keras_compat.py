@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.framework import ops
+from tensorflow.python.framework import function_def_to_graph, ops
 
 from tfprivacy_ft.errors import RawGradientsError, UnsupportedModelError
 
@@ -54,6 +54,11 @@ def function_definition(graph: Any, name: str) -> Any:
             return found.definition if hasattr(found, "definition") else found.function_def
         graph = getattr(graph, "outer_graph", None)
     return None
+
+
+def function_body(definition: Any) -> Any:
+    """A function of a graph as a graph of its own, with its `inputs` and `outputs`."""
+    return function_def_to_graph.function_def_to_graph(definition)
 
 
 def steps_per_execution(model: Any) -> int:

@@ -17,7 +17,7 @@ from tfprivacy_ft import keras_compat
 from tfprivacy_ft.clipping import graph as graphs
 from tfprivacy_ft.clipping import one_by_one
 from tfprivacy_ft.clipping.broadcast import ElementwiseSite
-from tfprivacy_ft.clipping.convolution import Conv2DSite
+from tfprivacy_ft.clipping.convolution import ConvolutionSite
 from tfprivacy_ft.clipping.embedding import EmbeddingSite
 from tfprivacy_ft.clipping.layout import COUPLED, Layouts
 from tfprivacy_ft.clipping.products import ProductSite
@@ -26,7 +26,7 @@ from tfprivacy_ft.clipping.terms import Share, find_shares, find_terms
 from tfprivacy_ft.clipping.weights import Use, find_uses, pulled_back
 from tfprivacy_ft.errors import UnsupportedModelError
 
-SITES: tuple[type[UseSite], ...] = (ProductSite, Conv2DSite, ElementwiseSite, EmbeddingSite)
+SITES: tuple[type[UseSite], ...] = (ProductSite, ConvolutionSite, ElementwiseSite, EmbeddingSite)
 
 _log = logging.getLogger(__name__)
 

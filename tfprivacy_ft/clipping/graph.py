@@ -5,7 +5,8 @@ A Keras training step is traced once into a TensorFlow graph. What varies by exa
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import tensorflow as tf
 
@@ -140,13 +141,19 @@ def is_random(op: tf.Operation) -> bool:
     return "Random" in op.type or op.type in ("Multinomial", "StatelessMultinomial")
 
 
-def replay(targets: list[tf.Tensor], feed: list[tuple[tf.Tensor, tf.Tensor]], graph: tf.Graph) -> list[tf.Tensor]:
+def replay(
+    targets: list[tf.Tensor],
+    feed: list[tuple[tf.Tensor, tf.Tensor]],
+    graph: tf.Graph,
+    opened: Callable[[tf.Operation], Any] = lambda op: None,
+) -> list[tf.Tensor]:
     """Copies the ops that lead to `targets` into `graph`, with the tensors of `feed` replaced.
 
     Args:
       targets: tensors of a traced graph.
       feed: pairs (tensor of that graph, its replacement in `graph`).
       graph: the graph under construction.
+      opened: gives the body of an op that calls a function, to be copied in its place, or None.
 
     Returns:
       The counterpart of each target.
@@ -154,6 +161,12 @@ def replay(targets: list[tf.Tensor], feed: list[tuple[tf.Tensor, tf.Tensor]], gr
     done = {id(old): new for old, new in feed}
     for op in ancestors(targets, stop=[old for old, _ in feed]):
         if all(id(t) in done for t in op.outputs):
+            continue
+        body = opened(op)
+        if body is not None:
+            inputs = zip(body.inputs, [done[id(t)] for t in op.inputs], strict=True)
+            for old, new in zip(op.outputs, replay(body.outputs, list(inputs), graph), strict=True):
+                done.setdefault(id(old), new)
             continue
         attributes = {k: v for k, v in op.node_def.attr.items() if k != "_class"}
         copy = graph._create_op_internal(

@@ -5,6 +5,7 @@
   SIZE      it depends on the batch's shape only,
   Rows      axis `axis` holds the batch, `fold` rows for each example, one example after the other; every row is
             computed from its own example alone,
+  Blocks    axis 0 holds such rows several times over, all first ones before all second ones (SpaceToBatchND),
   COUPLED   an op that is known to mix examples made it (a sum over the batch),
   UNKNOWN   an op without a rule made it, so nothing is claimed.
 A wrong `Rows` would be a privacy bug, so an op has a rule or is UNKNOWN. The shapes that the rules need are found by
@@ -20,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfprivacy_ft import keras_compat
+from tfprivacy_ft.clipping import calls
 from tfprivacy_ft.clipping import graph as graphs
 
 _BATCHES = (10_007, 10_009)  # primes that no layer's width is a multiple of, by any likelihood; both have to agree
@@ -35,6 +37,14 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Axis 0 holds `blocks` times over what `Rows(0, fold)` says, one block after the other."""
+
+    blocks: int
+    fold: int | None = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class _Word:
     name: str
 
@@ -43,7 +53,7 @@ class _Word:
 
 
 FREE, SIZE, COUPLED, UNKNOWN = _Word("FREE"), _Word("SIZE"), _Word("COUPLED"), _Word("UNKNOWN")
-Layout = Rows | _Word
+Layout = Rows | Blocks | _Word
 
 _UNARY = frozenset(
     """Identity Cast Tanh Relu Relu6 Elu Selu LeakyRelu Sigmoid Softplus Softsign Exp Expm1 Log Log1p Neg Square
@@ -63,6 +73,7 @@ _IMAGE = frozenset(
     """Conv2D Conv3D DepthwiseConv2dNative MaxPool MaxPoolV2 AvgPool MaxPool3D AvgPool3D ResizeBilinear
     ResizeNearestNeighbor ResizeBicubic""".split()
 )
+_BY_ROW = _UNARY | _RESHAPES | _IMAGE | set(calls.TRANSPOSED)
 _SHAPED_BY = {  # ops whose named inputs only say a shape, a size or a position
     "Reshape": {1},
     "ExpandDims": {1},
@@ -73,6 +84,10 @@ _SHAPED_BY = {  # ops whose named inputs only say a shape, a size or a position
     "StridedSlice": {1, 2, 3},
     "Slice": {1, 2},
     "Transpose": {1},
+    "SpaceToBatchND": {1, 2},
+    "BatchToSpaceND": {1, 2},
+    "Conv2DBackpropInput": {0},
+    "Conv3DBackpropInputV2": {0},
 }
 
 
@@ -142,6 +157,8 @@ def _agreed(one: Layout, other: Layout) -> Layout:
     """What two looks with different unknown lengths both say."""
     if isinstance(one, Rows) and isinstance(other, Rows) and one.axis == other.axis:
         return one if one.fold == other.fold else Rows(one.axis, None)
+    if isinstance(one, Blocks) and isinstance(other, Blocks) and one.blocks == other.blocks:
+        return one if one.fold == other.fold else Blocks(one.blocks, None)
     return one if one is other else UNKNOWN
 
 
@@ -180,9 +197,12 @@ class _Look:
             self.first_unknown = self.first_unknown or op
 
     def _checked(self, tensor: tf.Tensor, layout: Layout) -> Layout:
+        shape = self.shape(tensor)
+        if isinstance(layout, Blocks):
+            fine = shape and shape[0] == self.batch * (layout.fold or 0) * layout.blocks
+            return layout if fine else UNKNOWN
         if not isinstance(layout, Rows):
             return layout
-        shape = self.shape(tensor)
         if shape is None or layout.axis >= len(shape) or shape[layout.axis] != self.batch * (layout.fold or 0):
             return UNKNOWN
         return layout
@@ -251,6 +271,8 @@ class _Look:
             return UNKNOWN  # its gradient is not the one that its type says
         if any(self.shape(t) is None for t in op.inputs):
             return UNKNOWN
+        if any(isinstance(layout, Blocks) for layout in layouts):
+            return self._blocks(op, layouts)
         if kind in _UNARY:
             return layouts[0]
         if kind in ELEMENTWISE:
@@ -311,6 +333,69 @@ class _Look:
         channels_last = graphs.attribute(op, "data_format", b"NHWC") in (b"NHWC", b"NDHWC")
         windows = [graphs.attribute(op, name, [1])[0] for name in ("ksize", "strides")]
         return layouts[0] if alone and channels_last and windows == [1, 1] else UNKNOWN
+
+    def _rule_Conv2DBackpropInput(self, op, layouts):
+        rows, known = layouts[2], op.outputs[0].shape.rank and op.outputs[0].shape[1:].is_fully_defined()
+        apart = known or (op.inputs[0].op.type == "Pack" and all(map(self._avoids_batch, op.inputs[0].op.inputs[1:])))
+        fine = isinstance(rows, Rows) and rows.axis == 0 and layouts[:2] == [FREE, FREE] and apart
+        channels_last = graphs.attribute(op, "data_format", b"NHWC") in (b"NHWC", b"NDHWC")
+        return rows if fine and channels_last and op.get_attr("strides")[0] == 1 else UNKNOWN
+
+    _rule_Conv3DBackpropInputV2 = _rule_Conv2DBackpropInput
+
+    def _rule_PartitionedCall(self, op, layouts):
+        """A grouped convolution, which is traced as a function."""
+        data = [i for i, layout in enumerate(layouts) if layout is not FREE]
+        call = calls.find(op) if len(data) == 1 else None
+        return layouts[data[0]] if call and call.data == data[0] and layouts[data[0]].axis == 0 else UNKNOWN
+
+    _rule_StatefulPartitionedCall = _rule_PartitionedCall
+
+    def _rule_SpaceToBatchND(self, op, layouts):
+        blocks, rows = calls.block_count(op), layouts[0]
+        fine = rows.axis == 0 and self._avoids_batch(op.inputs[2])
+        return Blocks(blocks, rows.fold) if blocks and fine else UNKNOWN
+
+    def _blocks(self, op: tf.Operation, layouts: list[Any]) -> Layout:
+        """Between SpaceToBatchND and its way back only ops are followed that treat every row alike."""
+        blocks = layouts[0] if isinstance(layouts[0], Blocks) else layouts[-1]
+        if op.type == "BatchToSpaceND":
+            whole = calls.block_count(op) == blocks.blocks and self._avoids_batch(op.inputs[2])
+            return Rows(0, blocks.fold) if whole and layouts[0] == blocks else UNKNOWN
+        if layouts.count(blocks) != 1 or op.type not in _BY_ROW:
+            return UNKNOWN
+        rows = Rows(0, blocks.blocks * (blocks.fold or 0))
+        kept = self._data_rule(op, [rows if v == blocks else v for v in layouts])
+        return blocks if kept == rows else UNKNOWN
+
+    def _avoids_batch(self, size: tf.Tensor) -> bool:
+        """Whether a size that is computed when run is made of lengths of axes other than the batch's."""
+        stack = [size]
+        while stack:
+            tensor = stack.pop()
+            if self.of(tensor) is FREE:
+                continue
+            followed = self._sliced(tensor.op) if tensor.op.type == "StridedSlice" else None
+            if followed is not None:
+                stack.extend(followed)
+                continue
+            if tensor.op.type in graphs.SHAPE_OPS or not tensor.op.inputs:
+                return False
+            stack.extend(tensor.op.inputs)
+        return True
+
+    def _sliced(self, op: tf.Operation) -> list[tf.Tensor] | None:
+        """Of a slice of a shape or of stacked sizes, the sizes that it takes, less those of axes behind the batch's."""
+        source, begin, end = op.inputs[0].op, *(tf.get_static_value(t) for t in op.inputs[1:3])
+        if begin is None or end is None or begin[0] < 0 or any(map(op.get_attr, _MASKS)):
+            return None
+        if source.type == "Pack" and source.get_attr("axis") == 0:
+            return list(source.inputs[begin[0] : None if op.get_attr("end_mask") & 1 else end[0]])
+        if source.type != "Shape":
+            return None
+        rows = self.of(source.inputs[0])
+        behind = isinstance(rows, Rows | Blocks) and begin[0] > (rows.axis if isinstance(rows, Rows) else 0)
+        return [] if behind else None
 
     def _rule_BiasAdd(self, op, layouts):
         last = len(self._dims(op.inputs[0])) - 1
@@ -477,7 +562,13 @@ class _Look:
         return COUPLED
 
 
-_DATA_NOT_FIRST = frozenset(["ConcatV2", "Pack", "Split", "GatherV2", "ResourceGather", "BatchMatMulV2", "Einsum"])
+_DATA_NOT_FIRST = frozenset(
+    """ConcatV2 Pack Split GatherV2 ResourceGather BatchMatMulV2 Einsum Conv2DBackpropInput Conv3DBackpropInputV2
+    PartitionedCall StatefulPartitionedCall""".split()
+)
+
+
+_MASKS = ("begin_mask", "ellipsis_mask", "new_axis_mask")
 
 
 def _sliced_axes(op: tf.Operation, rank: int, strides: list[int]) -> list[int | None] | None:
@@ -517,7 +608,7 @@ def _shapes(loss: tf.Tensor, data: list[tf.Tensor], batch: int, length: int) -> 
         fed = {id(old) for old, _ in feed}
         inside = [t for op in graphs.ancestors([loss], stop=data) for t in op.outputs if id(t) not in fed]
         try:
-            copies = graphs.replay(inside, feed, scratch)
+            copies = graphs.replay(inside, feed, scratch, calls.opened)
         except (ValueError, tf.errors.OpError):  # shapes that fit no other batch: then nothing is claimed
             return {}
     pairs = feed + list(zip(inside, copies, strict=True))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from tfprivacy_ft.clipping import calls
 from tfprivacy_ft.clipping import graph as graphs
 from tfprivacy_ft.clipping.layout import FREE, Layouts
 from tfprivacy_ft.clipping.sites import Contribution, Meeting, widened
@@ -65,6 +66,9 @@ def find_uses(
             values.append(op.outputs[0])
         elif op.type == "ResourceGather":
             uses.append(Use(Meeting(op, 0, op.inputs[0], shape, layouts), [], True))
+        elif op.type in calls.CALLS and sum(t is handle for t in op.inputs) == 1:
+            index = next(i for i, t in enumerate(op.inputs) if t is handle)
+            uses.append(Use(Meeting(op, index, handle, shape, layouts), [], True))
         else:
             return uses, op
     pending = [(value, True) for value in values]

@@ -1,51 +1,223 @@
 """Convolutions: patches are moved, not computed, and the sums are those of one example after the other."""
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import CrossEntropy, assert_same, layers, released_sum
+from helpers import CrossEntropy, compile_for_sum, layers, trainable_values
 
-from tfprivacy_ft.clipping import reference
-from tfprivacy_ft.clipping.convolution import _patches
+from tfprivacy_ft.clipping import SlowClippingWarning, reference
+from tfprivacy_ft.clipping.calls import Convolution
+from tfprivacy_ft.clipping.patches import axes_of, pad, patches, shifts
 
+EXAMPLES = 5
+LOGITS = CrossEntropy(from_logits=True)
 KERNELS = [(1, 1), (3, 2), (1, 5), (5, 6), (8, 8), (9, 1)]
-STRIDES = [(1, 1), (2, 2), (1, 3), (3, 1)]
+WAYS = [((1, 1), (1, 1)), ((2, 2), (1, 1)), ((1, 3), (1, 1)), ((3, 1), (1, 1)), ((1, 1), (2, 1)), ((1, 1), (2, 3))]
 
 
 @pytest.mark.parametrize("shape", [(9, 8, 1), (10, 11, 3), (9, 9, 16), (1, 12, 2), (13, 9, 8)])
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 def test_patches_are_what_the_windows_of_a_convolution_see(shape, padding):
     images = tf.random.stateless_normal([3, *shape], [1, 2])
-    for kernel, strides in itertools.product(KERNELS, STRIDES):
-        if padding == "VALID" and (kernel[0] > shape[0] or kernel[1] > shape[1]):
+    for kernel, (strides, dilations) in itertools.product(KERNELS, WAYS):
+        reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+        if padding == "VALID" and (reach[0] > shape[0] or reach[1] > shape[1]):
             continue
         size = kernel[0] * kernel[1] * shape[2]
         identity = np.eye(size, dtype=np.float32).reshape([*kernel, shape[2], size])
-        expected = tf.reshape(tf.nn.conv2d(images, identity, strides, padding), [3, -1, size])
-        patches = _patches(images, list(kernel), list(strides), padding.encode())
-        np.testing.assert_array_equal(patches, expected, err_msg=f"kernel {kernel}, strides {strides}")
+        outputs = tf.nn.conv2d(images, identity, strides, padding, dilations=dilations)
+        expected = tf.reshape(outputs, [3, -1, size])
+        before = None if padding == "SAME" else (0, 0)
+        axes = axes_of(Convolution(kernel, strides, dilations, before, shape[2], size, 1), images, outputs)
+        label = f"kernel {kernel}, strides {strides}, dilations {dilations}"
+        np.testing.assert_array_equal(patches(images, axes), expected, err_msg=label)
+        one_by_one = tf.stack([tf.reshape(pad(images, axes)[s], [3, -1, shape[2]]) for s in shifts(axes)], 2)
+        np.testing.assert_array_equal(tf.reshape(one_by_one, expected.shape), expected, err_msg=label)
 
 
-def one_layer_twice(filters):
-    """A convolution that meets the images and then what it made of them, so that its two gradients are added up."""
-    inputs = layers.Input((7, 7, 8))
-    convolution = layers.Conv2D(8, 3, padding="same", activation="tanh")
-    hidden = layers.Conv2D(filters, 3, strides=2, activation="tanh")(convolution(convolution(inputs)))
-    return tf.keras.Model(inputs, layers.Dense(4)(layers.Flatten()(hidden)))
+LINE, SQUARE, CUBE = (8, 6), (7, 6, 4), (4, 5, 4, 4)
+POOLS = {2: layers.GlobalAveragePooling1D, 3: layers.GlobalAveragePooling2D, 4: layers.GlobalAveragePooling3D}
+# What one model holds, branch by branch. Names tell variables apart in what a failing test says.
+KNOWN = {
+    "line": (
+        LINE,
+        lambda: [
+            layers.Conv1D(3, 3, padding="same", name="plain"),
+            layers.Conv1D(3, 4, strides=2, padding="same", name="strided"),
+            layers.Conv1D(9, 3, strides=3, name="valid_strided"),
+            layers.Conv1D(3, 3, dilation_rate=2, padding="same", name="dilated"),
+            layers.Conv1D(3, 3, padding="causal", name="causal"),
+            layers.Conv1D(3, 3, padding="causal", dilation_rate=3, name="causal_dilated"),
+            layers.Conv1D(4, 3, groups=2, name="grouped"),
+            layers.Conv1D(4, 3, groups=2, dilation_rate=2, name="grouped_dilated"),
+            layers.DepthwiseConv1D(3, padding="same", name="depthwise"),
+            layers.DepthwiseConv1D(3, strides=2, depth_multiplier=2, name="depthwise_strided"),
+            layers.SeparableConv1D(3, 3, padding="same", name="separable"),
+            layers.SeparableConv1D(3, 2, dilation_rate=2, name="separable_dilated"),
+            layers.Conv1DTranspose(3, 3, strides=2, padding="same", name="transposed"),
+        ],
+    ),
+    "square": (
+        SQUARE,
+        lambda: [
+            layers.Conv2D(3, 3, padding="same", name="plain"),
+            layers.Conv2D(3, 1, name="one_by_one"),
+            layers.Conv2D(3, (3, 2), strides=(2, 3), padding="same", name="strided"),
+            layers.Conv2D(3, 2, strides=3, name="pixels_left_out"),
+            layers.Conv2D(40, 3, name="wide"),
+            layers.Conv2D(3, 3, dilation_rate=2, name="dilated"),
+            layers.Conv2D(3, (2, 3), dilation_rate=(3, 1), padding="same", name="dilated_one_way"),
+            layers.Conv2D(6, 3, groups=2, strides=2, padding="same", name="grouped"),
+            layers.Conv2D(6, 3, groups=2, dilation_rate=2, name="grouped_dilated"),
+            layers.Conv2D(8, 3, groups=4, name="channel_by_channel"),
+        ],
+    ),
+    "square_depthwise_or_transposed": (
+        SQUARE,
+        lambda: [
+            layers.DepthwiseConv2D(3, name="depthwise"),
+            layers.DepthwiseConv2D((2, 3), strides=2, depth_multiplier=3, name="depthwise_multiplied"),
+            layers.DepthwiseConv2D(3, dilation_rate=2, padding="same", name="depthwise_dilated"),
+            layers.SeparableConv2D(3, 3, depth_multiplier=2, padding="same", name="separable"),
+            layers.SeparableConv2D(3, 2, dilation_rate=2, name="separable_dilated"),
+            layers.Conv2DTranspose(3, 3, strides=2, padding="same", name="transposed"),
+            layers.Conv2DTranspose(9, (2, 3), strides=(3, 2), name="transposed_valid"),
+            layers.Conv2DTranspose(3, 3, strides=3, output_padding=2, name="transposed_padded"),
+        ],
+    ),
+    "cube": (
+        CUBE,
+        lambda: [
+            layers.Conv3D(3, 2, padding="same", name="plain"),
+            layers.Conv3D(3, 3, strides=2, padding="same", name="strided"),
+            layers.Conv3D(3, 2, dilation_rate=2, name="dilated"),
+            layers.Conv3D(4, 2, groups=2, name="grouped"),
+            layers.Conv3DTranspose(3, 2, strides=2, name="transposed"),
+        ],
+    ),
+    "over_time": (
+        (2, *SQUARE),
+        lambda: [
+            layers.TimeDistributed(layer)
+            for layer in (
+                layers.Conv2D(3, 3, name="plain"),
+                layers.Conv2D(3, 3, dilation_rate=2, name="dilated"),
+                layers.DepthwiseConv2D(3, name="depthwise"),
+                layers.Conv2DTranspose(3, 3, strides=2, name="transposed"),
+            )
+        ],
+    ),
+    "twice": (
+        SQUARE,
+        lambda: [
+            Twice(layer)
+            for layer in (
+                layers.Conv2D(4, 3, padding="same", activation="tanh", name="plain"),
+                layers.Conv2D(4, 2, dilation_rate=2, activation="tanh", name="dilated"),
+                layers.Conv2D(4, 3, groups=2, activation="tanh", name="grouped"),
+                layers.DepthwiseConv2D(3, activation="tanh", name="depthwise"),
+                layers.Conv2DTranspose(4, 3, activation="tanh", name="transposed"),
+            )
+        ],
+    ),
+    "one_channel": ((7, 6, 1), lambda: [layers.Conv2D(3, 3), layers.DepthwiseConv2D(3), layers.Conv2D(2, (7, 2))]),
+}
+UNKNOWN = {
+    "line": (
+        LINE,
+        lambda: [
+            layers.Conv1D(3, 3, strides=2, padding="same", name="strided"),
+            layers.Conv1D(3, 3, padding="causal", dilation_rate=2, name="causal_dilated"),
+            layers.Conv1D(3, 3, padding="same", dilation_rate=2, name="dilated"),
+            layers.Conv1D(4, 3, groups=2, name="grouped"),
+            layers.DepthwiseConv1D(3, name="depthwise"),
+        ],
+    ),
+    "square": (
+        SQUARE,
+        lambda: [
+            layers.Conv2D(3, (3, 2), strides=(2, 1), padding="same", name="strided"),
+            layers.Conv2D(3, 3, dilation_rate=2, name="dilated"),
+            layers.Conv2D(4, 3, groups=2, name="grouped"),
+            layers.SeparableConv2D(3, 3, name="separable"),
+            layers.Conv2DTranspose(3, 3, strides=2, padding="same", name="transposed"),
+        ],
+    ),
+    "cube": (CUBE, lambda: [layers.Conv3D(3, 2, strides=2, padding="same", name="strided")]),
+}
 
 
-@pytest.mark.parametrize("bad", [None, np.nan])
-@pytest.mark.parametrize("filters", [2, 40])
-def test_few_and_many_filters_give_the_same_sum_as_one_by_one(filters, bad):
+class Twice(layers.Layer):
+    """A layer that meets the data and then what it made of them, so that its two gradients are added up."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def call(self, inputs):
+        return self.layer(self.layer(inputs))
+
+
+def branches(parts, shape):
+    """A model that is the sum of what `parts` make of its inputs; a layer ahead of them gets gradients through them."""
+    inputs = layers.Input(shape)
+    hidden = layers.Dense(shape[-1], "tanh", name="ahead")(inputs)
+    end = layers.Flatten if None not in shape else POOLS[len(shape)]
+    outputs = [layers.Dense(4)(end()(layers.Activation("tanh")(part(hidden)))) for part in parts]
+    return tf.keras.Model(inputs, layers.add(outputs) if len(outputs) > 1 else outputs[0])
+
+
+def rows_and_labels(shape):
     random = np.random.default_rng(3)
-    x, y = random.normal(size=[6, 7, 7, 8]).astype(np.float32), random.integers(0, 4, 6)
-    loss = CrossEntropy(from_logits=True)
-    model = one_layer_twice(filters)
-    good = slice(0 if bad is None else 1, None)
-    each = reference.per_example_gradients(model, loss, x[good], y[good])
-    clip = float(np.median([reference.norm(g) for g in each]))
-    if bad is not None:
-        x[0] = bad
-    assert_same(released_sum(model, loss, x, y, clip), reference.clipped_sum(each, clip))
+    return random.normal(size=[EXAMPLES, *shape]).astype(np.float32), random.integers(0, 4, EXAMPLES)
+
+
+def median_norm(model, x, y):
+    each = reference.per_example_gradients(model, LOGITS, x, y)
+    return each, float(np.median([reference.norm(g) for g in each]))
+
+
+def one_step(model, x, y, clip, *, signature=None, loss=LOGITS, **options):
+    """What one step of `fit` released, and the warnings of a slow path."""
+    signature = signature or (tf.TensorSpec([None, *x.shape[1:]]), tf.TensorSpec([None], tf.int64))
+    compile_for_sum(model, loss, clip, **options)
+    before = trainable_values(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(tf.data.Dataset.from_generator(lambda: [(x, y)], output_signature=signature), verbose=0)
+    slow = [str(w.message) for w in caught if issubclass(w.category, SlowClippingWarning)]
+    return [b - a for b, a in zip(before, trainable_values(model), strict=True)], slow
+
+
+def assert_same_by_variable(model, released, expected, rtol=1e-4):
+    for variable, a, e in zip(model.trainable_variables, released, expected, strict=True):
+        label = getattr(variable, "path", variable.name)
+        np.testing.assert_allclose(a, e, atol=rtol * np.abs(e).max(), rtol=rtol, err_msg=label)
+
+
+@pytest.mark.parametrize("batch", [None, EXAMPLES], ids=["any_batch", "static_batch"])
+@pytest.mark.parametrize("name", KNOWN)
+def test_equals_a_loop_over_examples(name, batch):
+    shape, parts = KNOWN[name]
+    model, (x, y) = branches(parts(), shape), rows_and_labels(shape)
+    each, clip = median_norm(model, x, y)
+    signature = (tf.TensorSpec([batch, *shape]), tf.TensorSpec([batch], tf.int64))
+    released, slow = one_step(model, x, y, clip, signature=signature)
+    assert_same_by_variable(model, released, reference.clipped_sum(each, clip))
+    assert not slow
+
+
+@pytest.mark.parametrize("batch", [None, EXAMPLES], ids=["any_batch", "static_batch"])
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_equals_a_loop_over_examples_of_unknown_size(name, batch):
+    shape, parts = UNKNOWN[name]
+    unknown = [None] * (len(shape) - 1)
+    model, (x, y) = branches(parts(), (*unknown, shape[-1])), rows_and_labels(shape)
+    each, clip = median_norm(model, x, y)
+    signature = (tf.TensorSpec([batch, *unknown, shape[-1]]), tf.TensorSpec([batch], tf.int64))
+    released, slow = one_step(model, x, y, clip, signature=signature)
+    assert_same_by_variable(model, released, reference.clipped_sum(each, clip))
+    assert not slow

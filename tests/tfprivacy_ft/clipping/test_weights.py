@@ -71,7 +71,9 @@ def test_over_time_by_xla():
 
 
 def test_an_embedding_with_a_low_rank_pair():
-    table = Computed(lambda w, a, b: 0.5 * tf.matmul(a, b), (9, 2), (2, 6), lambda x, k: tf.reduce_sum(tf.gather(k, x), 1))
+    table = Computed(
+        lambda w, a, b: 0.5 * tf.matmul(a, b), (9, 2), (2, 6), lambda x, k: tf.reduce_sum(tf.gather(k, x), 1)
+    )
     assert_exact(table, LOGITS, labels(6, classes=9), labels(), fast=True)
 
 
