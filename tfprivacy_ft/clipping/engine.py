@@ -52,6 +52,7 @@ class ClippedSum:
     batch_size: tf.Tensor
 
 
+@tf.autograph.experimental.do_not_convert  # what is traced here is written with ops throughout
 def clipped_sum(loss: tf.Tensor, variables: list[tf.Variable], l2_norm_clip) -> ClippedSum:
     """Sum over examples of the gradient of each example's loss, clipped to norm `l2_norm_clip`.
 
