@@ -17,7 +17,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfprivacy_ft import _check
-from tfprivacy_ft.clipping import clipped_sum
+from tfprivacy_ft.clipping import ClippingRule, Flat, clipped_sum, rules
 from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedModelError
 from tfprivacy_ft.guard import StepGuard
 from tfprivacy_ft.keras_compat import OptimizerHook, keras
@@ -36,10 +36,18 @@ class Mechanism:
       noise_multiplier: >= 0, standard deviation of the noise on the sum, divided by `l2_norm_clip`.
       expected_batch_size: > 0, what the sum is divided by; None divides by the rows of the batch, which is right only
         where that number is fixed and public.
+      clipping: how gradients are shortened to `l2_norm_clip`.
     """
 
-    def __init__(self, l2_norm_clip: float, noise_multiplier: float, expected_batch_size: float | None):
+    def __init__(
+        self,
+        l2_norm_clip: float,
+        noise_multiplier: float,
+        expected_batch_size: float | None = None,
+        clipping: ClippingRule | None = None,
+    ):
         self._l2_norm_clip, self._noise_multiplier = float(l2_norm_clip), float(noise_multiplier)
+        self.clipping = clipping or Flat()
         with tf.init_scope():
             # A variable, because a Python number would go stale in Keras's cached training function; 0: the rows.
             self.expected_batch_size = tf.Variable(
@@ -62,7 +70,7 @@ class Mechanism:
     def gradients(self, loss: tf.Tensor, variables: list[tf.Variable]) -> list[tf.Tensor]:
         """The private gradients of one step, all zero where it was not let through; adds ops to the training step."""
         self._check_strategy()
-        clipped = clipped_sum(loss, variables, self.l2_norm_clip)
+        clipped = clipped_sum(loss, variables, self.l2_norm_clip, self.clipping)
         self._allowed = self.guard.enter()
         rows = tf.cast(clipped.batch_size, tf.float32)
         denominator = tf.where(self.expected_batch_size > 0, self.expected_batch_size, rows)
@@ -117,7 +125,7 @@ def make_dp_optimizer_class(base: type) -> type:
 
     Returns:
       A subclass that takes `l2_norm_clip`, `noise_multiplier` and `num_microbatches` first, then `base`'s own arguments,
-      and the keyword `expected_batch_size`.
+      and the keywords `expected_batch_size` and `clipping`.
 
     Raises:
       InvalidArgumentError: `base` is not a Keras optimizer class of this Keras, or is private already.
@@ -146,13 +154,15 @@ def make_dp_optimizer_class(base: type) -> type:
 _CLASS_DOC = """`{base}` on differentially private gradients.
 
     Args:
-      l2_norm_clip: > 0, bound on each example's gradient norm over all variables together.
+      l2_norm_clip: > 0, bound on each example's gradient norm over all variables together; None where `clipping`
+        has a total of its own.
       noise_multiplier: >= 0, noise standard deviation divided by `l2_norm_clip`; 0 gives no privacy.
       num_microbatches: None; one example is one microbatch. Accepted for programs written for TensorFlow Privacy when
         it equals `expected_batch_size`.
       *args: `{base}`'s own arguments, the learning rate first.
       expected_batch_size: > 0, what the noisy sum is divided by, a constant; None divides by the rows of each batch,
         right for batches of fixed, public size.
+      clipping: a rule of `tfprivacy_ft.clipping`: `Flat()`, which is None, `PerLayer()` or `Automatic()`.
       **kwargs: `{base}`'s own keyword arguments.
 
     Raises:
@@ -167,14 +177,16 @@ class DPOptimizer:
 
     def __init__(
         self,
-        l2_norm_clip: float,
+        l2_norm_clip: float | None,
         noise_multiplier: float,
         num_microbatches: int | None = None,
         *args: Any,
         expected_batch_size: float | None = None,
+        clipping: ClippingRule | None = None,
         **kwargs: Any,
     ):
-        _check.positive(l2_norm_clip=l2_norm_clip)
+        clipping = clipping or Flat()
+        l2_norm_clip = rules.check(clipping, l2_norm_clip)
         _check.non_negative(noise_multiplier=noise_multiplier)
         if expected_batch_size is not None:
             _check.positive(expected_batch_size=expected_batch_size)
@@ -184,7 +196,7 @@ class DPOptimizer:
                 "and give expected_batch_size."
             )
         super().__init__(*args, **kwargs)
-        self._mechanism = Mechanism(l2_norm_clip, noise_multiplier, expected_batch_size)
+        self._mechanism = Mechanism(l2_norm_clip, noise_multiplier, expected_batch_size, clipping)
 
     @property
     def l2_norm_clip(self) -> float:
@@ -224,7 +236,16 @@ class DPOptimizer:
             "l2_norm_clip": self.l2_norm_clip,
             "noise_multiplier": self.noise_multiplier,
             "expected_batch_size": expected or None,
+            "clipping": keras.utils.serialize_keras_object(self._mechanism.clipping),
         }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
+        """An optimizer from its arguments."""
+        clipping = config.get("clipping")
+        if isinstance(clipping, dict):
+            clipping = keras.utils.deserialize_keras_object(clipping, custom_objects=custom_objects)
+        return super().from_config({**config, "clipping": clipping}, custom_objects=custom_objects)  # type: ignore[misc]
 
 
 DPKerasSGDOptimizer = make_dp_optimizer_class(keras.optimizers.SGD)

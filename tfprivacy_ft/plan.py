@@ -138,13 +138,13 @@ class PrivacyPlan:
         self._drawn.add(batches)
         return batches
 
-    def optimizer(self, optimizer_class: type, *, l2_norm_clip: float, **arguments: Any) -> Any:
+    def optimizer(self, optimizer_class: type, *, l2_norm_clip: float | None, **arguments: Any) -> Any:
         """A DP optimizer with this plan's noise and expected batch size, whose steps this plan records.
 
         Args:
           optimizer_class: a DP optimizer class, or a Keras one, of which the DP version is made.
-          l2_norm_clip: > 0, bound on each example's gradient norm.
-          **arguments: the optimizer's own arguments, such as `learning_rate`.
+          l2_norm_clip: > 0, bound on each example's gradient norm; None where a rule in `clipping` has a total.
+          **arguments: the optimizer's own arguments, such as `learning_rate` or `clipping`.
         """
         from tfprivacy_ft import optimizers
 
