@@ -93,6 +93,28 @@ def check(rule: Any, l2_norm_clip: float | None) -> float:
     return float(l2_norm_clip)
 
 
+def to_config(rule: ClippingRule) -> dict[str, Any]:
+    """Plain values from which `from_config` makes the rule again."""
+    return {"rule": keras.utils.get_registered_name(type(rule)), "arguments": rule.get_config()}
+
+
+def from_config(config: Any, custom_objects: Mapping[str, Any] | None = None) -> Any:
+    """The rule that `to_config` described; anything else as it is.
+
+    Raises:
+      InvalidArgumentError: the rule's class is not registered with Keras.
+    """
+    if not isinstance(config, Mapping):
+        return config
+    found = keras.utils.get_registered_object(config["rule"], custom_objects=custom_objects)
+    if found is None:
+        raise InvalidArgumentError(
+            f"the clipping rule {config['rule']!r} is not known here: import the module that registers it by "
+            "keras.utils.register_keras_serializable, or load with compile=False."
+        )
+    return found.from_config(dict(config["arguments"]))
+
+
 _serializable = keras.utils.register_keras_serializable(package="tfprivacy_ft")
 
 
