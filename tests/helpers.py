@@ -16,9 +16,13 @@ def trainable_values(model):
     return [v.numpy() for v in model.trainable_variables]
 
 
-def compile_for_sum(model, loss, l2_norm_clip, **options):
-    """Compiles so that one step subtracts the clipped sum from the weights: SGD, learning rate 1, no noise."""
-    optimizer = DPKerasSGDOptimizer(l2_norm_clip, 0.0, None, 1.0, expected_batch_size=1)
+def compile_for_sum(model, loss, l2_norm_clip, *, private=None, clipping=None, **options):
+    """Compiles so that one step subtracts the clipped sum from the weights: SGD, learning rate 1, no noise.
+
+    `private` holds further arguments of the DP optimizer, and `options` those of `compile`.
+    """
+    settings = {"expected_batch_size": 1, "clipping": clipping, **(private or {})}
+    optimizer = DPKerasSGDOptimizer(l2_norm_clip, 0.0, None, 1.0, **settings)
     model.compile(optimizer=optimizer, loss=loss, **options)
     return model
 

@@ -31,9 +31,9 @@ class Mutant(NamedTuple):
 MUTANTS = (
     Mutant(
         "no clip",
-        "clipping/engine.py",
-        "tf.minimum(1.0, clip / tf.maximum(norms, 1e-30))",
-        "tf.ones_like(norms)",
+        "clipping/rules.py",
+        "tf.minimum(1.0, clip / tf.maximum(tf.sqrt(tf.add_n(added)), _SMALLEST))",
+        "tf.ones_like(added[0])",
         ENGINE,
         "one_example_moves",
     ),

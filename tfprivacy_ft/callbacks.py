@@ -34,6 +34,10 @@ class EpsilonCallback(keras.callbacks.Callback):
             "training metrics", "loss and metrics of the training data were shown without noise while training."
         )
 
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Drops what an interrupted pass left of a logical batch."""
+        self._recorder.start_pass()
+
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Has the coming steps reserved before they run."""
         self._recorder.announce(steps_per_execution(self.model))

@@ -49,17 +49,25 @@ class StepGuard:
         """Moves the limit: steps up to `limit` have been reserved."""
         self._reserved.assign(limit)
 
-    def enter(self) -> tf.Tensor:
+    def enter(self, due: tf.Tensor | bool = True, announced: tf.Tensor | bool = True) -> tf.Tensor:
         """Adds to the graph under construction: reserve if needed, then count; a bool, whether the step may happen.
 
         What a step releases has to be zero where this is False. It is counted here, before anything of it is computed
         that others could take: a gradient that is never applied is a release, too.
+
+        Args:
+          due: bool scalar, whether there is a step at all: False in the midst of a logical batch.
+          announced: bool scalar, whether it may use what was reserved for steps that were announced.
         """
-        if not keras_compat.inside_xla():  # Python cannot be called from compiled code: there a callback reserves
-            tf.cond(self._done >= self._reserved, self._reserve_more, tf.no_op)
-        allowed = self._done < self._reserved
+        due, announced = tf.convert_to_tensor(due), tf.convert_to_tensor(announced)
+        if keras_compat.inside_xla():  # Python cannot be called from compiled code: there a callback reserves
+            open_to_it = announced & (self._done < self._reserved)
+        else:
+            tf.cond(due & ~(announced & (self._done < self._reserved)), self._reserve_more, tf.no_op)
+            open_to_it = self._done < self._reserved
+        allowed = due & open_to_it
         counted = self._done.assign_add(tf.cast(allowed, tf.int64), read_value=False)
-        refused = self._refused.assign_add(tf.cast(~allowed, tf.int64), read_value=False)
+        refused = self._refused.assign_add(tf.cast(due & ~allowed, tf.int64), read_value=False)
         with tf.control_dependencies([counted, refused]):
             return tf.identity(allowed)
 

@@ -46,6 +46,12 @@ def fit_arguments(model: Any) -> dict[str, Any] | None:
     return None
 
 
+def layer_path(variable: tf.Variable) -> str:
+    """The path of the layer that a variable belongs to, such as `body/dense_1`; its own name where it has none."""
+    name = variable.name.partition(":")[0]
+    return name.rpartition("/")[0] or name
+
+
 def function_definition(graph: Any, name: str) -> Any:
     """The definition of a function that ops of `graph` call; None where it cannot be had."""
     while graph is not None:

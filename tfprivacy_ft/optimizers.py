@@ -17,7 +17,8 @@ from typing import Any
 import tensorflow as tf
 
 from tfprivacy_ft import _check
-from tfprivacy_ft.clipping import clipped_sum
+from tfprivacy_ft.accumulation import Accumulator, Whole
+from tfprivacy_ft.clipping import ClippedSum, ClippingRule, Flat, clipped_sum, rules
 from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedModelError
 from tfprivacy_ft.guard import StepGuard
 from tfprivacy_ft.keras_compat import OptimizerHook, keras
@@ -36,16 +37,28 @@ class Mechanism:
       noise_multiplier: >= 0, standard deviation of the noise on the sum, divided by `l2_norm_clip`.
       expected_batch_size: > 0, what the sum is divided by; None divides by the rows of the batch, which is right only
         where that number is fixed and public.
+      clipping: how gradients are shortened to `l2_norm_clip`.
+      accumulation_steps: micro-batches whose sums are added up before noise is drawn, once, for all of them.
     """
 
-    def __init__(self, l2_norm_clip: float, noise_multiplier: float, expected_batch_size: float | None):
+    def __init__(
+        self,
+        l2_norm_clip: float,
+        noise_multiplier: float,
+        expected_batch_size: float | None = None,
+        clipping: ClippingRule | None = None,
+        accumulation_steps: int = 1,
+    ):
         self._l2_norm_clip, self._noise_multiplier = float(l2_norm_clip), float(noise_multiplier)
+        self.clipping = clipping or Flat()
         with tf.init_scope():
             # A variable, because a Python number would go stale in Keras's cached training function; 0: the rows.
             self.expected_batch_size = tf.Variable(
                 float(expected_batch_size or 0.0), trainable=False, name="expected_batch_size"
             )
         self.noise, self.guard = GaussianNoise(), StepGuard()
+        self.accumulation_steps = accumulation_steps
+        self.accumulator = Accumulator(accumulation_steps) if accumulation_steps > 1 else None
         self.has_plan = self._warned = False
         self._allowed: tf.Tensor | None = None
 
@@ -60,19 +73,39 @@ class Mechanism:
         return self._noise_multiplier
 
     def gradients(self, loss: tf.Tensor, variables: list[tf.Variable]) -> list[tf.Tensor]:
-        """The private gradients of one step, all zero where it was not let through; adds ops to the training step."""
+        """The private gradients of one step, all zero where it was not let through; adds ops to the training step.
+
+        In the midst of a logical batch there is no step, and nothing is let through.
+        """
         self._check_strategy()
-        clipped = clipped_sum(loss, variables, self.l2_norm_clip)
-        self._allowed = self.guard.enter()
-        rows = tf.cast(clipped.batch_size, tf.float32)
-        denominator = tf.where(self.expected_batch_size > 0, self.expected_batch_size, rows)
-        stddev = self.l2_norm_clip * self.noise_multiplier
+        clipped = clipped_sum(loss, variables, self.l2_norm_clip, self.clipping)
+        batch = self._add_up(clipped, variables)
+        self._allowed = self.guard.enter(batch.complete, batch.announced)
+        denominator = tf.where(self.expected_batch_size > 0, self.expected_batch_size, batch.rows)
+        private = [total / denominator for total in self._released(batch.sums)]
         result = []
-        for total, regular, variable in zip(clipped.sums, clipped.data_independent, variables, strict=True):
-            noisy = total + self.noise.like(total, stddev) if stddev else total
-            gradient = tf.cast(tf.where(self._allowed, noisy, 0.0) / denominator, variable.dtype)
+        for gradient, regular, variable in zip(private, clipped.data_independent, variables, strict=True):
+            gradient = tf.cast(gradient, variable.dtype)
             result.append(gradient if regular is None else gradient + tf.cast(regular, variable.dtype))
         return result
+
+    def _add_up(self, clipped: ClippedSum, variables: list[tf.Variable]) -> Whole:
+        """The sums of the logical batch up to here."""
+        rows = tf.cast(clipped.batch_size, tf.float32)
+        if self.accumulator is None:
+            return Whole(clipped.sums, rows, tf.constant(True), tf.constant(True))
+        return self.accumulator.add(clipped.sums, rows, variables)
+
+    def _released(self, sums: list[tf.Tensor]) -> list[tf.Tensor]:
+        """The noisy sums, or zeros where the step was not let through."""
+        stddev = self.l2_norm_clip * self.noise_multiplier
+
+        def noisy() -> list[tf.Tensor]:
+            return [total + self.noise.like(total, stddev) if stddev else total for total in sums]
+
+        if self.accumulator is None:  # noise needs no data, and outside of a cond is drawn beside the backward pass
+            return [tf.where(self._allowed, total, 0.0) for total in noisy()]
+        return tf.cond(self._allowed, noisy, lambda: [tf.zeros_like(total) for total in sums])
 
     def update(self, apply: Callable[[], Any]) -> None:
         """Adds `apply` to the graph, to run only if the step of the last `gradients` was let through."""
@@ -117,7 +150,7 @@ def make_dp_optimizer_class(base: type) -> type:
 
     Returns:
       A subclass that takes `l2_norm_clip`, `noise_multiplier` and `num_microbatches` first, then `base`'s own arguments,
-      and the keyword `expected_batch_size`.
+      and the keywords `expected_batch_size`, `clipping` and `accumulation_steps`.
 
     Raises:
       InvalidArgumentError: `base` is not a Keras optimizer class of this Keras, or is private already.
@@ -146,13 +179,17 @@ def make_dp_optimizer_class(base: type) -> type:
 _CLASS_DOC = """`{base}` on differentially private gradients.
 
     Args:
-      l2_norm_clip: > 0, bound on each example's gradient norm over all variables together.
+      l2_norm_clip: > 0, bound on each example's gradient norm over all variables together; None where `clipping`
+        has a total of its own.
       noise_multiplier: >= 0, noise standard deviation divided by `l2_norm_clip`; 0 gives no privacy.
       num_microbatches: None; one example is one microbatch. Accepted for programs written for TensorFlow Privacy when
         it equals `expected_batch_size`.
       *args: `{base}`'s own arguments, the learning rate first.
       expected_batch_size: > 0, what the noisy sum is divided by, a constant; None divides by the rows of each batch,
         right for batches of fixed, public size.
+      clipping: a rule of `tfprivacy_ft.clipping`: `Flat()`, which is None, `PerLayer()` or `Automatic()`.
+      accumulation_steps: k >= 1; k batches of `fit` make one logical batch, whose clipped sum gets noise once and moves
+        the weights once; `expected_batch_size` and `iterations` are those of logical batches.
       **kwargs: `{base}`'s own keyword arguments.
 
     Raises:
@@ -167,14 +204,23 @@ class DPOptimizer:
 
     def __init__(
         self,
-        l2_norm_clip: float,
+        l2_norm_clip: float | None,
         noise_multiplier: float,
         num_microbatches: int | None = None,
         *args: Any,
         expected_batch_size: float | None = None,
+        clipping: ClippingRule | None = None,
+        accumulation_steps: int = 1,
         **kwargs: Any,
     ):
-        _check.positive(l2_norm_clip=l2_norm_clip)
+        _check.positive_integer(accumulation_steps=accumulation_steps)
+        if kwargs.get("gradient_accumulation_steps") is not None:
+            raise InvalidArgumentError(
+                "gradient_accumulation_steps is Keras's and would draw noise for every micro-batch: use accumulation_steps, "
+                "which draws it once."
+            )
+        clipping = clipping or Flat()
+        l2_norm_clip = rules.check(clipping, l2_norm_clip)
         _check.non_negative(noise_multiplier=noise_multiplier)
         if expected_batch_size is not None:
             _check.positive(expected_batch_size=expected_batch_size)
@@ -184,7 +230,7 @@ class DPOptimizer:
                 "and give expected_batch_size."
             )
         super().__init__(*args, **kwargs)
-        self._mechanism = Mechanism(l2_norm_clip, noise_multiplier, expected_batch_size)
+        self._mechanism = Mechanism(l2_norm_clip, noise_multiplier, expected_batch_size, clipping, accumulation_steps)
 
     @property
     def l2_norm_clip(self) -> float:
@@ -200,6 +246,11 @@ class DPOptimizer:
     def expected_batch_size(self) -> tf.Variable:
         """What the noisy sum is divided by: a float32 variable; 0 stands for the rows of each batch."""
         return self._mechanism.expected_batch_size
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches in a logical batch."""
+        return self._mechanism.accumulation_steps
 
     @property
     def privacy_steps(self) -> int:
@@ -224,7 +275,15 @@ class DPOptimizer:
             "l2_norm_clip": self.l2_norm_clip,
             "noise_multiplier": self.noise_multiplier,
             "expected_batch_size": expected or None,
+            "clipping": rules.to_config(self._mechanism.clipping),
+            "accumulation_steps": self.accumulation_steps,
         }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Any:
+        """An optimizer from its arguments."""
+        clipping = rules.from_config(config.get("clipping"), custom_objects)
+        return super().from_config({**config, "clipping": clipping}, custom_objects=custom_objects)  # type: ignore[misc]
 
 
 DPKerasSGDOptimizer = make_dp_optimizer_class(keras.optimizers.SGD)

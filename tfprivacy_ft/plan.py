@@ -34,6 +34,8 @@ class PrivacyPlan:
       noise_multiplier: >= 0, noise standard deviation divided by the clip; 0 gives no privacy.
       target_epsilon: the budget, > 0; None only records.
       steps_per_block: steps that the ledger reserves at once; None for about a second of work.
+      accumulation_steps: k >= 1; each step's batch comes in k micro-batches, so that it need not fit into memory. Keras
+        then shows k times as many batches; steps, here and in the ledger, are those of whole batches.
 
     Raises:
       InvalidArgumentError: an argument is outside its range.
@@ -53,10 +55,12 @@ class PrivacyPlan:
     noise_multiplier: float
     target_epsilon: float | None = None
     steps_per_block: int | None = None
+    accumulation_steps: int = 1
 
     def __post_init__(self):
         _check_sizes(self.num_examples, self.batch_size, self.epochs)
         _check.non_negative(noise_multiplier=self.noise_multiplier)
+        _check.positive_integer(accumulation_steps=self.accumulation_steps)
         accounting.check_delta(self.delta, self.num_examples)
         if self.target_epsilon is not None:
             _check.positive(target_epsilon=self.target_epsilon)
@@ -78,12 +82,13 @@ class PrivacyPlan:
         batch_size: int,
         epochs: int,
         steps_per_block: int | None = None,
+        accumulation_steps: int = 1,
     ) -> "PrivacyPlan":
         """The plan with the least noise that keeps Poisson batches within `target_epsilon`; never less privacy.
 
         Args:
           target_epsilon: > 0, by the PLD accountant, for adding or removing one example.
-          delta, num_examples, batch_size, epochs, steps_per_block: as in the class.
+          delta, num_examples, batch_size, epochs, steps_per_block, accumulation_steps: as in the class.
 
         Raises:
           InvalidArgumentError: an argument is outside its range, or no noise reaches the target.
@@ -104,7 +109,7 @@ class PrivacyPlan:
             )
 
         noise = accounting.solve_noise_multiplier(target_epsilon=target_epsilon, delta=delta, events_for=events)
-        return cls(num_examples, batch_size, epochs, delta, noise, target_epsilon, steps_per_block)
+        return cls(num_examples, batch_size, epochs, delta, noise, target_epsilon, steps_per_block, accumulation_steps)
 
     @property
     def sampling_probability(self) -> float:
@@ -113,7 +118,7 @@ class PrivacyPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in one epoch of `fit` on `batches`: ceil(n / batch size), as Keras counts them."""
+        """Steps in one epoch of `fit` on `batches`, ceil(n / batch size); Keras shows `accumulation_steps` times as many."""
         return math.ceil(self.num_examples / self.batch_size)
 
     @property
@@ -134,17 +139,24 @@ class PrivacyPlan:
                 f"x holds {size} examples and the plan was made for num_examples={self.num_examples}: make the plan for "
                 "the data that is trained on."
             )
-        batches = poisson_batches(x, y, batch_size=self.batch_size, sample_weight=sample_weight, pad_to=pad_to)
+        batches = poisson_batches(
+            x,
+            y,
+            batch_size=self.batch_size,
+            sample_weight=sample_weight,
+            pad_to=pad_to,
+            accumulation_steps=self.accumulation_steps,
+        )
         self._drawn.add(batches)
         return batches
 
-    def optimizer(self, optimizer_class: type, *, l2_norm_clip: float, **arguments: Any) -> Any:
+    def optimizer(self, optimizer_class: type, *, l2_norm_clip: float | None, **arguments: Any) -> Any:
         """A DP optimizer with this plan's noise and expected batch size, whose steps this plan records.
 
         Args:
           optimizer_class: a DP optimizer class, or a Keras one, of which the DP version is made.
-          l2_norm_clip: > 0, bound on each example's gradient norm.
-          **arguments: the optimizer's own arguments, such as `learning_rate`.
+          l2_norm_clip: > 0, bound on each example's gradient norm; None where a rule in `clipping` has a total.
+          **arguments: the optimizer's own arguments, such as `learning_rate` or `clipping`.
         """
         from tfprivacy_ft import optimizers
 
@@ -154,6 +166,7 @@ class PrivacyPlan:
             l2_norm_clip=l2_norm_clip,
             noise_multiplier=self.noise_multiplier,
             expected_batch_size=self.batch_size,
+            accumulation_steps=self.accumulation_steps,
             **arguments,
         )
         self.attach(optimizer)
@@ -163,29 +176,38 @@ class PrivacyPlan:
         """Records the steps of a DP optimizer that was made elsewhere, such as one of a loaded model.
 
         Raises:
-          InvalidArgumentError: it is not a DP optimizer, or has another noise multiplier than the plan.
+          InvalidArgumentError: it is not a DP optimizer, or was made for another noise or another number of micro-batches
+            than the plan.
         """
         from tfprivacy_ft import optimizers
 
         if not isinstance(optimizer, optimizers.DPOptimizer):
             raise InvalidArgumentError(f"{type(optimizer).__name__} is not a DP optimizer: use plan.optimizer(...).")
-        if optimizer.noise_multiplier != self.noise_multiplier:
-            raise InvalidArgumentError(
-                f"the optimizer has noise_multiplier={optimizer.noise_multiplier} and the plan "
-                f"noise_multiplier={self.noise_multiplier}: make the optimizer with plan.optimizer(...)."
-            )
+        for name in ("noise_multiplier", "accumulation_steps"):
+            theirs, ours = getattr(optimizer, name), getattr(self, name)
+            if theirs != ours:
+                raise InvalidArgumentError(
+                    f"the optimizer has {name}={theirs} and the plan {name}={ours}: make the optimizer with "
+                    "plan.optimizer(...)."
+                )
         if optimizer.mechanism.has_plan and optimizer.mechanism not in self._recorders:
             raise InvalidArgumentError("the optimizer belongs to another plan: make one with plan.optimizer(...).")
         optimizer.expected_batch_size.assign(self.batch_size)
         mechanism, noise, clip = optimizer.mechanism, optimizer.noise_multiplier, optimizer.l2_norm_clip
         mechanism.has_plan = True
+        micro_batches = self.accumulation_steps
+
+        def event(sampling: Sampling, steps: int) -> Event:
+            return sampling.event(steps, noise_multiplier=noise, l2_norm_clip=clip, accumulation_steps=micro_batches)
+
         self._recorders[mechanism] = Recorder(
             mechanism.guard,
             lambda: self._ledger,
-            lambda sampling, steps: sampling.event(steps, noise_multiplier=noise, l2_norm_clip=clip),
+            event,
             target_epsilon=self.target_epsilon,
             delta=self.delta,
             steps_per_block=self.steps_per_block,
+            accumulator=mechanism.accumulator,
         )
 
     def recorder(self, optimizer: Any) -> Recorder:
@@ -233,6 +255,9 @@ class PrivacyPlan:
 
         Args:
           arguments: the x, y, batch_size and steps_per_epoch of `fit`, or None if they are not known.
+
+        Raises:
+          InvalidArgumentError: an epoch has fewer batches than a step needs.
         """
         if arguments is None or arguments["steps_per_epoch"] is not None:
             return UNKNOWN
@@ -242,8 +267,15 @@ class PrivacyPlan:
         if not _is_arrays(x) or not _is_arrays(arguments["y"]):
             return UNKNOWN
         size = number_of_examples(x, arguments["y"])
-        # Keras goes through arrays once in an epoch, in batches of 32 unless told otherwise.
-        return Sampling("shuffled", size, pass_length=math.ceil(size / (arguments["batch_size"] or 32)))
+        # Keras goes through arrays once in an epoch, in batches of 32 unless told otherwise. What an epoch leaves of a
+        # logical batch is dropped, so that no example is twice in one.
+        batches = math.ceil(size / (arguments["batch_size"] or 32))
+        if batches < self.accumulation_steps:
+            raise InvalidArgumentError(
+                f"an epoch has {batches} batches, and accumulation_steps={self.accumulation_steps} makes one step of more "
+                "than that: give fit a smaller batch_size."
+            )
+        return Sampling("shuffled", size, pass_length=batches // self.accumulation_steps)
 
     @property
     def ledger(self) -> Ledger:
@@ -276,7 +308,7 @@ class PrivacyPlan:
         self._ledger.close()
 
     def _facts(self) -> dict[str, Any]:
-        fields = ("num_examples", "batch_size", "epochs", "noise_multiplier", "target_epsilon")
+        fields = ("num_examples", "batch_size", "epochs", "noise_multiplier", "target_epsilon", "accumulation_steps")
         return {name: getattr(self, name) for name in fields}
 
 

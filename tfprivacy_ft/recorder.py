@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 
 from tfprivacy_ft import accounting
+from tfprivacy_ft.accumulation import Accumulator
 from tfprivacy_ft.errors import BudgetExceededError
 from tfprivacy_ft.events import Event
 from tfprivacy_ft.guard import StepGuard
@@ -38,6 +39,7 @@ class Recorder:
       target_epsilon: a step that would pass it does not run; None for no limit.
       delta: the delta of that target.
       steps_per_block: steps reserved at once; None for about a second of work.
+      accumulator: what adds up the micro-batches of a step, if there are several.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Recorder:
         target_epsilon: float | None,
         delta: float,
         steps_per_block: int | None = None,
+        accumulator: Accumulator | None = None,
     ):
         self._guard, self._ledger, self._event = guard, ledger, event
         self._target, self._delta = target_epsilon, delta
@@ -61,6 +64,9 @@ class Recorder:
         self._out_of_budget = self._stopped_by_budget = False
         self._running: int | None = None  # the thread whose announced execution has not ended
         self._lock = threading.RLock()
+        self._accumulator = accumulator
+        if accumulator is not None:
+            accumulator.attach()
         guard.attach(self._unannounced)
 
     def use(self, sampling: Sampling) -> None:
@@ -70,6 +76,7 @@ class Recorder:
           BudgetExceededError: the budget has no room for a single such step.
         """
         self._running = None  # a new fit, or the end of one
+        self.start_pass()
         self.settle()
         self._sampling = sampling
         if sampling != UNKNOWN:
@@ -79,13 +86,23 @@ class Recorder:
                 self._sampling = UNKNOWN
                 raise
 
-    def announce(self, steps: int) -> None:
-        """Lets the next `steps` steps through, or as many of them as the budget allows."""
+    def start_pass(self) -> None:
+        """The next batch is the first of a pass over the data; what is left of a logical batch is dropped."""
+        if self._accumulator is not None:
+            self._accumulator.finished()
+            self._accumulator.start_pass()
+
+    def announce(self, batches: int) -> None:
+        """Lets the steps of the next `batches` batches through, or as many of them as the budget allows."""
         with self._lock:
+            steps = batches if self._accumulator is None else self._accumulator.announce(batches)
             missing = self._allowed + steps - self._reserved
             if missing > 0 and self._room() > 0:
                 self._reserve(missing)
-            self._allowed = min(self._allowed + steps, self._reserved)
+            wanted = self._allowed + steps
+            self._allowed = min(wanted, self._reserved)
+            # What the budget does not allow of an execution changes nothing, and is no reason to break off.
+            self._out_of_budget = self._stopped_by_budget = self._allowed < wanted
             self._guard.allow_until(self._allowed)
             self._running = threading.get_ident()
 
@@ -93,6 +110,8 @@ class Recorder:
         """Takes back what the announced execution did not use; whether the budget allows another step."""
         with self._lock:
             self._running = None
+            if self._accumulator is not None:
+                self._accumulator.finished()
             self._allowed = self._guard.done
             self._guard.allow_until(self._allowed)
             self._out_of_budget = self._allowed >= self._reserved and self._room() <= 0

@@ -33,8 +33,15 @@ class Sampling:
     sampling_probability: float | None = None
     pass_length: int | None = None
 
-    def event(self, steps: int, *, noise_multiplier: float, l2_norm_clip: float | None) -> Event:
-        """The event of `steps` steps that saw such batches."""
+    def event(
+        self, steps: int, *, noise_multiplier: float, l2_norm_clip: float | None, accumulation_steps: int = 1
+    ) -> Event:
+        """The event of `steps` steps that saw such batches, each in `accumulation_steps` micro-batches.
+
+        In batches that nobody vouches for, an example may be in every micro-batch, and moves the sum by as many clips.
+        """
+        if self.sampler == "unknown":
+            noise_multiplier /= accumulation_steps
         common: dict[str, Any] = {
             "count": steps,
             "noise_multiplier": noise_multiplier,
@@ -63,6 +70,7 @@ def poisson_batches(
     steps: int | None = None,
     sample_weight: Any = None,
     pad_to: int | None = None,
+    accumulation_steps: int = 1,
 ) -> tf.data.Dataset:
     """Batches for `model.fit` in which each example takes part independently with probability batch_size / n.
 
@@ -78,12 +86,14 @@ def poisson_batches(
       sample_weight: [n] weights, or None for ones.
       pad_to: rows to pad every batch to with rows of weight 0, so that a training function compiled by XLA sees one
         shape; a larger draw is padded to the next multiple, never cut.
+      accumulation_steps: micro-batches that each draw comes in, all of one size, for an optimizer with the same
+        `accumulation_steps`. Without `pad_to` that size is the same for nearly all draws, and larger where one needs it.
 
     Returns:
-      A dataset of (x, y, sample_weight) that knows its cardinality.
+      A dataset of (x, y, sample_weight) that knows its cardinality, `steps * accumulation_steps`.
 
     Raises:
-      InvalidArgumentError: `batch_size`, `steps` or `pad_to` is outside its range.
+      InvalidArgumentError: `batch_size`, `steps`, `pad_to` or `accumulation_steps` is outside its range.
       DatasetError: there are no examples, or x, y and sample_weight differ in length.
 
     Example:
@@ -100,21 +110,25 @@ def poisson_batches(
     _check.positive(batch_size=batch_size)
     _check.at_most("the number of examples", size, batch_size=batch_size)
     steps = math.ceil(size / batch_size) if steps is None else steps
-    _check.positive_integer(steps=steps)
+    _check.positive_integer(steps=steps, accumulation_steps=accumulation_steps)
     if pad_to is not None:
         _check.positive_integer(pad_to=pad_to)
     source = np.random.default_rng()  # keyed from the operating system; no global seed reaches it
 
+    usual = _usual_size(batch_size, size, accumulation_steps) if accumulation_steps > 1 and pad_to is None else 1
+
     def draw() -> Iterator[Any]:
         for _ in range(steps):
             chosen = np.flatnonzero(source.random(size) < batch_size / size)
-            rows = _padded_size(len(chosen), pad_to)
-            batch = tf.nest.map_structure(lambda a, c=chosen, r=rows: _take(a, c, r), arrays)
-            yield (*batch, _take(weights, chosen, rows, fill=PADDING))
+            rows = max(usual, _padded_size(math.ceil(len(chosen) / accumulation_steps), pad_to))
+            for start in range(0, accumulation_steps * rows, rows):
+                part = chosen[start : start + rows]
+                batch = tf.nest.map_structure(lambda a, c=part, r=rows: _take(a, c, r), arrays)
+                yield (*batch, _take(weights, part, rows, fill=PADDING))
 
     signature = tf.nest.map_structure(lambda a: tf.TensorSpec([None, *a.shape[1:]], a.dtype), (*arrays, weights))
     dataset = tf.data.Dataset.from_generator(draw, output_signature=signature)
-    return dataset.apply(tf.data.experimental.assert_cardinality(steps)).prefetch(2)
+    return dataset.apply(tf.data.experimental.assert_cardinality(steps * accumulation_steps)).prefetch(2)
 
 
 def number_of_examples(x: Any, y: Any, sample_weight: Any = None) -> int:
@@ -160,6 +174,12 @@ def _padded_size(drawn: int, pad_to: int | None) -> int:
     """Rows of a batch: at least one, and a multiple of `pad_to`."""
     unit = pad_to or 1
     return max(1, math.ceil(drawn / unit)) * unit
+
+
+def _usual_size(batch_size: float, size: int, parts: int) -> int:
+    """Rows of a micro-batch that hold all but one in about 30 000 draws."""
+    deviation = math.sqrt(batch_size * (1 - batch_size / size))
+    return math.ceil(min(batch_size + 4 * deviation, size) / parts)
 
 
 def _take(array: np.ndarray, chosen: np.ndarray, rows: int, fill: float | None = None) -> np.ndarray:

@@ -136,15 +136,15 @@ def test_float16_loss_scaling_is_refused_and_bfloat16_keeps_the_clip():
         for policy in ("mixed_float16", "mixed_bfloat16"):
             keras.mixed_precision.set_global_policy(policy)
             model = keras.Sequential(
-                [layers.Input((6,)), layers.Dense(5), layers.Dense(3), layers.Activation("softmax", dtype="float32")]
+                [layers.Input((6,)), layers.Dense(5), layers.Dense(3), layers.Activation("linear", dtype="float32")]
             )
-            model.compile(DPKerasSGDOptimizer(0.1, 0.0, None, 1.0, expected_batch_size=1), CrossEntropy())
+            model.compile(DPKerasSGDOptimizer(0.1, 0.0, None, 1.0, expected_batch_size=1), LOGITS)
             before = trainable_values(model)
             if policy == "mixed_float16":
                 with pytest.raises(RawGradientsError, match="LossScaleOptimizer"):
                     model.fit(X, Y, verbose=0)
             else:
-                model.fit(1e3 * X[:1], Y[:1], verbose=0)
+                model.fit(X[:1], Y[:1], verbose=0)
                 moved = global_norm([b - a for b, a in zip(before, trainable_values(model), strict=True)])
                 assert 0.05 < moved <= 0.1 * (1 + 1e-4)
     finally:

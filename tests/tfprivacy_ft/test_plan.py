@@ -167,7 +167,7 @@ def test_what_follows_a_fit_that_broke_off_is_not_taken_for_poisson(tmp_path):
 
 
 @pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("steps_per_execution", [1, 4])
+@pytest.mark.parametrize("steps_per_execution", [1, 3, 4])  # 10 steps end within the second of three
 def test_training_stops_at_the_budget_and_changes_nothing_after(jit, steps_per_execution, caplog):
     target = poisson_epsilon(10) + 1e-6
     plan = make_plan(target_epsilon=target)

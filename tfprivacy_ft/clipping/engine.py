@@ -21,6 +21,7 @@ from tfprivacy_ft.clipping.convolution import ConvolutionSite
 from tfprivacy_ft.clipping.embedding import EmbeddingSite
 from tfprivacy_ft.clipping.layout import COUPLED, Layouts
 from tfprivacy_ft.clipping.products import ProductSite
+from tfprivacy_ft.clipping.rules import ClippingRule, Flat, weights_of
 from tfprivacy_ft.clipping.sites import Contribution, UseSite
 from tfprivacy_ft.clipping.terms import Share, find_shares, find_terms
 from tfprivacy_ft.clipping.weights import Use, find_uses, pulled_back
@@ -53,13 +54,19 @@ class ClippedSum:
 
 
 @tf.autograph.experimental.do_not_convert  # what is traced here is written with ops throughout
-def clipped_sum(loss: tf.Tensor, variables: list[tf.Variable], l2_norm_clip) -> ClippedSum:
+def clipped_sum(
+    loss: tf.Tensor,
+    variables: list[tf.Variable],
+    l2_norm_clip: tf.Tensor | float,
+    rule: ClippingRule | None = None,
+) -> ClippedSum:
     """Sum over examples of the gradient of each example's loss, clipped to norm `l2_norm_clip`.
 
     Args:
       loss: the scalar loss, symbolic, as Keras hands it to an optimizer inside `train_step`.
       variables: the trainable variables.
       l2_norm_clip: scalar, > 0; the bound on the norm over all variables together.
+      rule: how gradients are shortened to that; None for `Flat()`.
 
     Returns:
       A `ClippedSum`.
@@ -79,6 +86,10 @@ def clipped_sum(loss: tf.Tensor, variables: list[tf.Variable], l2_norm_clip) -> 
     batch_size = tf.shape(data[0])[0]
     independent = _gradients_of(loss, terms.data_independent, variables)
     clip = tf.cast(l2_norm_clip, tf.float32)
+    layers = [keras_compat.layer_path(v) for v in variables]
+
+    def weigh(squared_norms: list[tf.Tensor]) -> list[tf.Tensor]:
+        return weights_of(rule or Flat(), squared_norms, layers, clip)
 
     shares = find_shares(loss, terms, layouts, data) if terms.per_example else None
     _refuse_batch_in_state(loss, data)
@@ -90,10 +101,10 @@ def clipped_sum(loss: tf.Tensor, variables: list[tf.Variable], l2_norm_clip) -> 
         terms = find_terms(loss, layouts, one_by_one=True)
         shares = find_shares(loss, terms, layouts, data) if terms.per_example else None
         objective = one_by_one.Objective(loss, shares, terms.data_independent)
-        sums, norms = one_by_one.clipped_sum(objective, variables, clip, data, layouts)
+        sums, norms = one_by_one.clipped_sum(objective, variables, weigh, data, layouts)
     else:
         real = one_by_one.real_rows(loss, batch_size)
-        sums, norms = _clip_and_sum(contributions, variables, clip, real)
+        sums, norms = _clip_and_sum(contributions, variables, weigh, real)
     return ClippedSum(sums, independent, norms, batch_size)
 
 
@@ -134,19 +145,20 @@ def _contributions(
 
 
 def _clip_and_sum(
-    contributions: list[Contribution | None], variables: list[tf.Variable], clip: tf.Tensor, real: tf.Tensor
+    contributions: list[Contribution | None], variables: list[tf.Variable], weigh: one_by_one.Weigh, real: tf.Tensor
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
-    used = [c for c in contributions if c is not None]
-    squares = [c.squared_norms() for c in used]
-    norms = tf.sqrt(tf.add_n(squares)) if squares else tf.zeros(tf.shape(real))
+    none = tf.zeros(tf.shape(real))
+    squares = [none if c is None else c.squared_norms() for c in contributions]
+    norms = tf.sqrt(tf.add_n(squares)) if squares else none
     finite = tf.math.is_finite(norms)
-    weights = tf.where(finite & real, tf.minimum(1.0, clip / tf.maximum(norms, 1e-30)), 0.0)
+    weights = [tf.where(finite & real, w, 0.0) for w in weigh(squares)] if squares else []
+    used = [(c, w) for c, w in zip(contributions, weights, strict=True) if c is not None]
     # Zero times NaN is NaN, so bad rows are blanked; that costs a copy, and is done only where there are any.
     sums = iter(
         tf.cond(
             tf.reduce_all(finite),
-            lambda: [c.weighted_sum(weights) for c in used],
-            lambda: [c.keep(finite).weighted_sum(weights) for c in used],
+            lambda: [c.weighted_sum(w) for c, w in used],
+            lambda: [c.keep(finite).weighted_sum(w) for c, w in used],
         )
         if used
         else []

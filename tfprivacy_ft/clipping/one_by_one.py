@@ -6,6 +6,7 @@ example contributes is by construction a function of that example alone.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -14,6 +15,8 @@ from tfprivacy_ft.clipping.layout import FREE, SIZE, Layouts
 from tfprivacy_ft.clipping.sites import split_rows
 from tfprivacy_ft.clipping.terms import Share
 from tfprivacy_ft.errors import UnsupportedModelError
+
+Weigh = Callable[[list[tf.Tensor]], list[tf.Tensor]]  # squared norms at each variable -> weight of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +45,14 @@ class Objective:
 
 
 def clipped_sum(
-    objective: Objective, variables: list[tf.Variable], l2_norm_clip: tf.Tensor, data: list[tf.Tensor], layouts: Layouts
+    objective: Objective, variables: list[tf.Variable], weigh: Weigh, data: list[tf.Tensor], layouts: Layouts
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
     """Sum over examples of clipped gradients of the loss that Keras gives each example alone.
 
     Args:
       objective: what to differentiate.
       variables: what to differentiate for.
-      l2_norm_clip: scalar float32.
+      weigh: gives an example's weights from its squared norms.
       data: the tensors that hold the batch.
       layouts: the layouts of the trace.
 
@@ -71,10 +74,10 @@ def clipped_sum(
         example = [(t, tf.gather(r, index)) for t, r in zip(by_row, rows, strict=True)]
         grads = _gradient_of_one(objective, variables, example, shared, copies)
         check_isolated(tf.compat.v1.get_default_graph(), data, allowed)
-        norm = tf.linalg.global_norm(grads)
+        squares = [tf.reduce_sum(tf.square(g)) for g in grads]
+        norm = tf.sqrt(tf.add_n(squares))
         good = tf.math.is_finite(norm) & tf.gather(real, index)
-        scale = tf.where(good, tf.minimum(1.0, l2_norm_clip / tf.maximum(norm, 1e-30)), 0.0)
-        total = [t + tf.where(scale > 0, scale * g, 0.0) for t, g in zip(total, grads, strict=True)]
+        total = [t + tf.where(good, w * g, 0.0) for t, w, g in zip(total, weigh(squares), grads, strict=True)]
         return index + 1, total, norms.write(index, norm)
 
     start = (0, [tf.zeros(v.shape) for v in variables], tf.TensorArray(tf.float32, batch_size, element_shape=[]))
