@@ -136,11 +136,11 @@ CASES = {
     "lstm": (lambda: sequential((6, 3), layers.LSTM(5), layers.Dense(4)), rows(6, 3), labels(), LOGITS, False),
     "depthwise": (
         lambda: sequential((9, 8, 3), layers.DepthwiseConv2D(3), layers.Flatten(), layers.Dense(4)),
-        rows(9, 8, 3), labels(), LOGITS, False,
+        rows(9, 8, 3), labels(), LOGITS, True,
     ),
     "dilated": (
         lambda: sequential((9, 8, 3), layers.Conv2D(4, 3, dilation_rate=2), layers.Flatten(), layers.Dense(4)),
-        rows(9, 8, 3), labels(), LOGITS, False,
+        rows(9, 8, 3), labels(), LOGITS, True,
     ),
 }  # fmt: skip
 
