@@ -130,11 +130,11 @@ class Call:
 
 
 def find(op: tf.Operation) -> Call | None:
-    """The convolution that `op` is or calls, or None."""
+    """The convolution that `op` is or calls, or None. Outputs but the first are what a call keeps for its gradient."""
     if op.type in _AXES:
         return Call(op, 2 if op.type in TRANSPOSED else 0, 1)
     body = opened(op)
-    if body is None or len(body.inputs) != 2 or len(op.inputs) != 2 or len(body.outputs) != 1:
+    if body is None or len(body.inputs) != 2 or len(op.inputs) != 2:
         return None
     found = [o for o in body.get_operations() if o.type in _AXES]
     if len(found) != 1:

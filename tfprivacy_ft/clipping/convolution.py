@@ -26,6 +26,8 @@ class ConvolutionSite(UseSite):
         op, call = meeting.op, calls.find(meeting.op)
         if call is None or call.weight != meeting.index or sum(t is meeting.weight for t in op.inputs) != 1:
             return None
+        if any(map(meeting.layouts.reaches_loss, op.outputs[1:])):
+            return None  # the gradient would have to be known there, too
         rows = meeting.layouts.of(op.inputs[call.data])
         images = meeting.layouts.shape(op.outputs[0] if op.type in calls.TRANSPOSED else op.inputs[call.data])
         if not (isinstance(rows, Blocks) or (isinstance(rows, Rows) and rows.axis == 0)) or images is None:

@@ -147,6 +147,10 @@ class Layouts:
         """The tensor's shape for a batch of `self.batch` examples, or None where it is not known."""
         return self._shapes.get(id(tensor))
 
+    def reaches_loss(self, tensor: tf.Tensor) -> bool:
+        """Whether the loss is computed from `tensor`."""
+        return any(id(t) in self._layouts for op in tensor.consumers() for t in op.outputs)
+
     def has_rows(self, tensor: tf.Tensor) -> bool:
         """Whether by its shape the tensor has rows for each example, isolated or not."""
         shape = self.shape(tensor)
@@ -347,7 +351,9 @@ class _Look:
         """A grouped convolution, which is traced as a function."""
         data = [i for i, layout in enumerate(layouts) if layout is not FREE]
         call = calls.find(op) if len(data) == 1 else None
-        return layouts[data[0]] if call and call.data == data[0] and layouts[data[0]].axis == 0 else UNKNOWN
+        if call is None or call.data != data[0] or layouts[data[0]].axis != 0:
+            return UNKNOWN
+        return [layouts[data[0]]] + [UNKNOWN] * (len(op.outputs) - 1)
 
     _rule_StatefulPartitionedCall = _rule_PartitionedCall
 

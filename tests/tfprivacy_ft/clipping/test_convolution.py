@@ -6,9 +6,9 @@ import warnings
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import CrossEntropy, compile_for_sum, layers, trainable_values
+from helpers import CrossEntropy, assert_same, compile_for_sum, global_norm, layers, trainable_values
 
-from tfprivacy_ft.clipping import SlowClippingWarning, reference
+from tfprivacy_ft.clipping import SlowClippingWarning, filters, reference
 from tfprivacy_ft.clipping.calls import Convolution
 from tfprivacy_ft.clipping.patches import axes_of, pad, patches, shifts
 
@@ -198,26 +198,147 @@ def assert_same_by_variable(model, released, expected, rtol=1e-4):
         np.testing.assert_allclose(a, e, atol=rtol * np.abs(e).max(), rtol=rtol, err_msg=label)
 
 
-@pytest.mark.parametrize("batch", [None, EXAMPLES], ids=["any_batch", "static_batch"])
 @pytest.mark.parametrize("name", KNOWN)
-def test_equals_a_loop_over_examples(name, batch):
+def test_equals_a_loop_over_examples(name):
     shape, parts = KNOWN[name]
-    model, (x, y) = branches(parts(), shape), rows_and_labels(shape)
-    each, clip = median_norm(model, x, y)
-    signature = (tf.TensorSpec([batch, *shape]), tf.TensorSpec([batch], tf.int64))
-    released, slow = one_step(model, x, y, clip, signature=signature)
-    assert_same_by_variable(model, released, reference.clipped_sum(each, clip))
-    assert not slow
+    check_against_a_loop(branches(parts(), shape), shape, shape)
 
 
-@pytest.mark.parametrize("batch", [None, EXAMPLES], ids=["any_batch", "static_batch"])
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_equals_a_loop_over_examples_of_unknown_size(name, batch):
+def test_equals_a_loop_over_examples_of_unknown_size(name):
     shape, parts = UNKNOWN[name]
-    unknown = [None] * (len(shape) - 1)
-    model, (x, y) = branches(parts(), (*unknown, shape[-1])), rows_and_labels(shape)
+    traced = (*[None] * (len(shape) - 1), shape[-1])
+    check_against_a_loop(branches(parts(), traced), shape, traced)
+
+
+def check_against_a_loop(model, shape, traced):
+    """For batches of any size, and of one size."""
+    x, y = rows_and_labels(shape)
     each, clip = median_norm(model, x, y)
-    signature = (tf.TensorSpec([batch, *unknown, shape[-1]]), tf.TensorSpec([batch], tf.int64))
-    released, slow = one_step(model, x, y, clip, signature=signature)
+    expected, weights = reference.clipped_sum(each, clip), model.get_weights()
+    for batch in (None, EXAMPLES):
+        model.set_weights(weights)
+        signature = (tf.TensorSpec([batch, *traced]), tf.TensorSpec([batch], tf.int64))
+        released, slow = one_step(model, x, y, clip, signature=signature)
+        assert_same_by_variable(model, released, expected)
+        assert not slow
+
+
+def small():
+    """One convolution of every kind that TensorFlow has an op for."""
+    return branches(
+        [
+            layers.Conv2D(3, 3, strides=2, padding="same", name="strided"),
+            layers.Conv2D(3, 2, dilation_rate=2, name="dilated"),
+            layers.Conv2D(4, 2, groups=2, name="grouped"),
+            layers.SeparableConv2D(3, 2, name="separable"),
+            layers.Conv2DTranspose(3, 2, strides=2, name="transposed"),
+        ],
+        SQUARE,
+    )
+
+
+def test_equals_a_loop_over_examples_when_compiled_by_xla():
+    model, (x, y) = small(), rows_and_labels(SQUARE)
+    each, clip = median_norm(model, x, y)
+    released, slow = one_step(model, x, y, clip, jit_compile=True)
     assert_same_by_variable(model, released, reference.clipped_sum(each, clip))
     assert not slow
+
+
+def test_a_bad_example_contributes_nothing_and_spoils_no_other():
+    model, (x, y) = small(), rows_and_labels(SQUARE)
+    each, clip = median_norm(model, x[1:], y[1:])
+    x[0] = np.nan
+    released, slow = one_step(model, x, y, clip)
+    assert_same_by_variable(model, released, reference.clipped_sum(each, clip))
+    assert not slow
+
+
+def test_one_example_moves_the_sum_by_at_most_the_clip():
+    model, (x, y) = small(), rows_and_labels(SQUARE)
+    released, slow = one_step(model, x[:1], y[:1], 0.5, loss=lambda t, p: 1e6 * LOGITS.call(t, p))
+    assert 0.5 * (1 - 1e-4) < global_norm(released) <= 0.5 * (1 + 1e-4)
+    assert not slow
+
+
+@pytest.mark.parametrize("dtype", ["float64", "mixed_bfloat16"])
+def test_other_dtypes_are_measured_in_float32(dtype):
+    before = tf.keras.mixed_precision.global_policy()
+    tf.keras.mixed_precision.set_global_policy(dtype)
+    try:
+        model = branches([layers.Conv2D(3, 3), layers.DepthwiseConv2D(3), layers.Conv2DTranspose(3, 2)], SQUARE)
+    finally:
+        tf.keras.mixed_precision.set_global_policy(before)
+    x, y = rows_and_labels(SQUARE)
+    each, clip = median_norm(model, x, y)
+    released, slow = one_step(model, x, y, clip)
+    assert_same(released, reference.clipped_sum(each, clip), rtol=1e-4 if dtype == "float64" else 0.05)
+    assert not slow
+
+
+@pytest.mark.parametrize(("channels", "width"), [(1, 3), (6, 2), (16, 40)])
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_one_entry_of_the_kernel_at_a_time_gives_the_same_as_patches(channels, width, padding):
+    """For large images patches would take too much memory."""
+    kernel = (3, 2)
+    for strides, dilations in WAYS:
+        images = tf.random.stateless_normal([6, 9, 8, channels], [1, 2])
+        filters_shape = (*kernel, channels, width)
+        positions = tf.nn.conv2d(images, tf.zeros(filters_shape), strides, padding, dilations=dilations).shape
+        outputs = tf.random.stateless_normal(positions, [3, 4])
+        before = None if padding == "SAME" else (0, 0)
+        convolution = Convolution(kernel, strides, dilations, before, channels, width, 1)
+        few, many = (
+            filters.filter_gradients(images, outputs, convolution, filters_shape, tf.constant(3), rows).per_example()
+            for rows in (6, 10**9)
+        )
+        np.testing.assert_allclose(few, many, atol=1e-4)
+        np.testing.assert_allclose(tf.reduce_sum(few, 0), gradient_of_filters(images, outputs, convolution), atol=1e-4)
+
+
+def gradient_of_filters(images, outputs, convolution):
+    padding = "SAME" if convolution.before is None else "VALID"
+    with tf.GradientTape() as tape:
+        weights = tf.zeros([*convolution.kernel, convolution.channels, convolution.width])
+        tape.watch(weights)
+        made = tf.nn.convolution(images, weights, convolution.strides, padding, dilations=convolution.dilations)
+    return tape.gradient(made, weights, outputs)
+
+
+class Shared(layers.Layer):
+    """A function of a convolution that also gives what it was made of."""
+
+    def build(self, shape):
+        self.kernel = self.add_weight(name="kernel", shape=(3, 3, shape[-1], 3))
+
+    @tf.function
+    def both(self, inputs, kernel):
+        return tf.nn.conv2d(inputs, kernel, 1, "SAME"), tf.identity(kernel)
+
+    def call(self, inputs):
+        made, kernel = self.both(inputs, tf.convert_to_tensor(self.kernel))
+        return made * kernel[0, 0, 0]
+
+
+def test_a_function_whose_weight_reaches_the_loss_twice_is_exact():
+    model, (x, y) = branches([Shared()], SQUARE), rows_and_labels(SQUARE)
+    each, clip = median_norm(model, x, y)
+    released, _ = one_step(model, x, y, clip)
+    assert_same_by_variable(model, released, reference.clipped_sum(each, clip))
+
+
+class PaddedByBatchSize(layers.Layer):
+    """Zeros around an image, as many as there are examples."""
+
+    def call(self, inputs):
+        size = tf.shape(inputs)[0]
+        blocks = tf.space_to_batch(inputs, [1, 1], [[size, 0], [0, 0]])
+        return tf.reshape(tf.reduce_sum(tf.batch_to_space(blocks, [1, 1], [[0, 0], [0, 0]]), [1, 2]), [-1, 4])
+
+
+def test_a_padding_that_tells_the_batch_size_is_not_followed():
+    model, (x, y) = branches([PaddedByBatchSize()], SQUARE), rows_and_labels(SQUARE)
+    model(x[:1])
+    _, slow = one_step(model, x, y, 1.0)
+    assert slow
