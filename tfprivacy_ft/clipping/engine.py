@@ -45,12 +45,14 @@ class ClippedSum:
       data_independent: gradients of regularisers, of the variables' shapes, or None; not clipped and needing no noise.
       norms: float32 [B], each example's gradient norm before the clip; private, not to be released.
       batch_size: int32 scalar, examples in this batch.
+      rules: for each variable the rules that found its gradients; `None` where examples were taken one by one.
     """
 
     sums: list[tf.Tensor]
     data_independent: list[tf.Tensor | None]
     norms: tf.Tensor
     batch_size: tf.Tensor
+    rules: list[tuple[str, ...]] | None
 
 
 @tf.autograph.experimental.do_not_convert  # what is traced here is written with ops throughout
@@ -93,29 +95,38 @@ def clipped_sum(
 
     shares = find_shares(loss, terms, layouts, data) if terms.per_example else None
     _refuse_batch_in_state(loss, data)
-    contributions, reason = _contributions(loss, variables, shares, layouts, batch_size)
-    if contributions is None:
+    matched, reason = _match(loss, variables, shares, layouts)
+    rules = None
+    if matched is None or shares is None:
         _refuse_coupling(loss, variables, layouts)
+        suspect = reason or layouts.first_unknown or layouts.first_coupling
         if data[0].shape[0] != 1:  # one example is as fast one by one
-            _warn_slow(reason, layouts)
+            _warn_slow(suspect)
         terms = find_terms(loss, layouts, one_by_one=True)
         shares = find_shares(loss, terms, layouts, data) if terms.per_example else None
         objective = one_by_one.Objective(loss, shares, terms.data_independent)
-        sums, norms = one_by_one.clipped_sum(objective, variables, weigh, data, layouts)
+        sums, norms = one_by_one.clipped_sum(
+            objective, variables, weigh, data, layouts, str(_coupled(layouts.first_unknown or suspect or loss.op))
+        )
     else:
+        rules = [tuple(type(site).__name__.removesuffix("Site") for _, site in sites) for sites in matched]
         real = one_by_one.real_rows(loss, batch_size)
+        contributions = _contributions(matched, shares, batch_size)
         sums, norms = _clip_and_sum(contributions, variables, weigh, real)
-    return ClippedSum(sums, independent, norms, batch_size)
+    return ClippedSum(sums, independent, norms, batch_size, rules)
 
 
-def _contributions(
-    loss: tf.Tensor, variables: list[tf.Variable], shares: list[Share] | None, layouts: Layouts, batch_size: tf.Tensor
-) -> tuple[list[Contribution | None] | None, tf.Operation | None]:
-    """Each variable's contribution (None where it is not used), or None and the op that has no rule."""
+_Matched = list[list[tuple[Use, UseSite]]]
+
+
+def _match(
+    loss: tf.Tensor, variables: list[tf.Variable], shares: list[Share] | None, layouts: Layouts
+) -> tuple[_Matched | None, tf.Operation | None]:
+    """Each variable's uses with their rules, or None and the op that has no rule."""
     if shares is None:
         return None, None
     upstream = set(graphs.ancestors([share.term for share in shares]))
-    matched: list[list[tuple[Use, UseSite]]] = []
+    matched: _Matched = []
     for variable in variables:
         uses, stranger = find_uses(variable, loss, upstream, layouts)
         if stranger is not None:
@@ -127,8 +138,13 @@ def _contributions(
                 return None, use.meeting.op
             sites.append((use, site))
         matched.append(sites)
+    _log.debug("fast rules: %s", [(type(s).__name__, s.meeting.op.name) for sites in matched for _, s in sites])
+    return matched, None
+
+
+def _contributions(matched: _Matched, shares: list[Share], batch_size: tf.Tensor) -> list[Contribution | None]:
+    """Each variable's contribution; None where it is not used."""
     flat = [site for sites in matched for _, site in sites]
-    _log.debug("fast rules: %s", [(type(s).__name__, s.meeting.op.name) for s in flat])
     outputs = [site.meeting.output for site in flat]
     seeds = [share.spread(batch_size) for share in shares]
     gradients = iter(tf.gradients([share.term for share in shares], outputs, grad_ys=seeds))
@@ -141,7 +157,7 @@ def _contributions(
                 parts.append(pulled_back(site.at(tf.convert_to_tensor(gradient), batch_size), use))
         # A variable used in several places: its gradients are added up for each example, then measured.
         result.append(functools.reduce(lambda one, other: one.added_to(other), parts) if parts else None)
-    return result, None
+    return result
 
 
 def _clip_and_sum(
@@ -226,8 +242,7 @@ def _coupled(op: tf.Operation) -> UnsupportedModelError:
     )
 
 
-def _warn_slow(reason: tf.Operation | None, layouts: Layouts) -> None:
-    op = reason or layouts.first_unknown or layouts.first_coupling
+def _warn_slow(op: tf.Operation | None) -> None:
     where = f"layer {graphs.layer_of(op)!r} ({op.type})" if op is not None else "the loss"
     warnings.warn(
         f"{where} has no fast clipping rule: gradients are exact, but each example is taken alone, which is slow.",

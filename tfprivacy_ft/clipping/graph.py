@@ -98,8 +98,13 @@ def scope_of(op: tf.Operation) -> str:
 
 
 def writes_state(op: tf.Operation) -> bool:
-    """Whether `op` changes a variable, itself or in a function that it calls."""
-    return _is_write(op.type) or any(_function_writes(op.graph, name, set()) for name in _called(op.node_def))
+    """Whether `op` changes a variable, itself or in a function that it calls; what cannot be read is taken to."""
+    return _does(op, _is_write)
+
+
+def draws_inside(op: tf.Operation) -> bool:
+    """Whether a function that `op` calls draws random numbers, so that running it twice gives two results."""
+    return not is_random(op) and _does(op, _is_draw)
 
 
 _WRITES = ("Assign", "ResourceScatter", "ResourceStridedSliceAssign", "ResourceApply", "ResourceSparseApply")
@@ -109,12 +114,20 @@ def _is_write(kind: str) -> bool:
     return kind.startswith(_WRITES)
 
 
+def _is_draw(kind: str) -> bool:
+    return "Random" in kind or kind in ("Multinomial", "StatelessMultinomial")
+
+
+def _does(op: tf.Operation, wanted: Callable[[str], bool]) -> bool:
+    return wanted(op.type) or any(_function_does(op.graph, name, wanted, set()) for name in _called(op.node_def))
+
+
 def _called(node) -> list[str]:
     names = [value.func.name for value in node.attr.values() if value.HasField("func")]
     return names + [f.name for value in node.attr.values() for f in value.list.func]
 
 
-def _function_writes(graph: tf.Graph, name: str, seen: set[str]) -> bool:
+def _function_does(graph: tf.Graph, name: str, wanted: Callable[[str], bool], seen: set[str]) -> bool:
     if name in seen:
         return False
     seen.add(name)
@@ -122,7 +135,7 @@ def _function_writes(graph: tf.Graph, name: str, seen: set[str]) -> bool:
     if definition is None:
         return True  # what cannot be read is taken for the worst
     nodes = definition.node_def
-    return any(_is_write(n.op) or any(_function_writes(graph, f, seen) for f in _called(n)) for n in nodes)
+    return any(wanted(n.op) or any(_function_does(graph, f, wanted, seen) for f in _called(n)) for n in nodes)
 
 
 def padding_weights(loss: tf.Tensor) -> tf.Tensor | None:
@@ -138,7 +151,7 @@ def padding_weights(loss: tf.Tensor) -> tf.Tensor | None:
 
 def is_random(op: tf.Operation) -> bool:
     """Whether `op` draws random numbers, so that running it twice gives two results."""
-    return "Random" in op.type or op.type in ("Multinomial", "StatelessMultinomial")
+    return _is_draw(op.type)
 
 
 def replay(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from tfprivacy_ft.clipping import graph as graphs
+from tfprivacy_ft.clipping import probe
 from tfprivacy_ft.clipping.layout import FREE, SIZE, Layouts
 from tfprivacy_ft.clipping.sites import split_rows
 from tfprivacy_ft.clipping.terms import Share
@@ -45,7 +46,12 @@ class Objective:
 
 
 def clipped_sum(
-    objective: Objective, variables: list[tf.Variable], weigh: Weigh, data: list[tf.Tensor], layouts: Layouts
+    objective: Objective,
+    variables: list[tf.Variable],
+    weigh: Weigh,
+    data: list[tf.Tensor],
+    layouts: Layouts,
+    coupled: str,
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
     """Sum over examples of clipped gradients of the loss that Keras gives each example alone.
 
@@ -55,6 +61,7 @@ def clipped_sum(
       weigh: gives an example's weights from its squared norms.
       data: the tensors that hold the batch.
       layouts: the layouts of the trace.
+      coupled: the sentence to fail with when run, where the examples of a batch turn out to see each other.
 
     Returns:
       Float32 sums of the variables' shapes, and the norms before the clip, [B].
@@ -70,25 +77,30 @@ def clipped_sum(
     real = real_rows(objective.loss, batch_size)
     allowed = [*rows, *shared, real, batch_size, *(share.row for share in objective.shares or [])]
 
-    def body(index, total, norms):
+    def body(index, total, norms, losses):
         example = [(t, tf.gather(r, index)) for t, r in zip(by_row, rows, strict=True)]
-        grads = _gradient_of_one(objective, variables, example, shared, copies)
+        grads, alone = _gradient_of_one(objective, variables, example, shared, copies)
         check_isolated(tf.compat.v1.get_default_graph(), data, allowed)
         squares = [tf.reduce_sum(tf.square(g)) for g in grads]
         norm = tf.sqrt(tf.add_n(squares))
         good = tf.math.is_finite(norm) & tf.gather(real, index)
         total = [t + tf.where(good, w * g, 0.0) for t, w, g in zip(total, weigh(squares), grads, strict=True)]
-        return index + 1, total, norms.write(index, norm)
+        return index + 1, total, norms.write(index, norm), losses.write(index, tf.cast(alone, tf.float32))
 
-    start = (0, [tf.zeros(v.shape) for v in variables], tf.TensorArray(tf.float32, batch_size, element_shape=[]))
-    _, total, norms = tf.while_loop(
+    numbers = [tf.TensorArray(tf.float32, batch_size, element_shape=[]) for _ in range(2)]
+    start = (0, [tf.zeros(v.shape) for v in variables], *numbers)
+    _, total, norms, losses = tf.while_loop(
         lambda index, *_: index < batch_size, body, start, maximum_iterations=batch_size, parallel_iterations=1
     )
-    return total, norms.stack()
+    if objective.shares is None or not probe.can_look(objective.loss, objective.shares, layouts):
+        return total, norms.stack()
+    together = probe.losses_in_batch(objective.shares, batch_size)
+    with tf.control_dependencies([probe.refusal(losses.stack(), together, real, objective.loss, coupled)]):
+        return [tf.identity(t) for t in total], norms.stack()
 
 
-def _gradient_of_one(objective, variables, example, shared, copies: int) -> list[tf.Tensor]:
-    """Float32 gradients of the loss of one example, inside the loop body that is being built."""
+def _gradient_of_one(objective, variables, example, shared, copies: int) -> tuple[list[tf.Tensor], tf.Tensor]:
+    """Float32 gradients of the loss of one example, and that loss, inside the loop body that is being built."""
     body, loss = tf.compat.v1.get_default_graph(), objective.loss
     feed = [(t, tf.tile(row, [copies] + [1] * (row.shape.rank - 1))) for t, row in example]
     feed += [(t, body.capture(t)) for t in shared]
@@ -99,7 +111,7 @@ def _gradient_of_one(objective, variables, example, shared, copies: int) -> list
     return [
         tf.zeros(v.shape) if g is None else tf.ensure_shape(tf.cast(tf.convert_to_tensor(g), tf.float32), v.shape)
         for g, v in zip(gradients, variables, strict=True)
-    ]
+    ], alone
 
 
 def real_rows(loss: tf.Tensor, batch_size: tf.Tensor) -> tf.Tensor:

@@ -142,6 +142,10 @@ CASES = {
         np.maximum(labels(6, classes=9) - 2, 0), labels(6), LOGITS, True,
     ),
     "attention": (attention, rows(6, 3), labels(6), LOGITS, True),
+    "masked_lstm": (
+        lambda: sequential((6,), layers.Embedding(9, 3, mask_zero=True), layers.LSTM(4, return_sequences=True), layers.Dense(4)),
+        np.maximum(labels(6, classes=9) - 2, 0), labels(6), LOGITS, False,
+    ),
     "lstm": (lambda: sequential((6, 3), layers.LSTM(5), layers.Dense(4)), rows(6, 3), labels(), LOGITS, False),
     "depthwise": (
         lambda: sequential((9, 8, 3), layers.DepthwiseConv2D(3), layers.Flatten(), layers.Dense(4)),
@@ -602,3 +606,39 @@ def test_steps_per_execution_equals_single_steps():
         model.fit(x, y, batch_size=EXAMPLES, shuffle=False, verbose=0)
         results.append(trainable_values(model))
     assert_same(results[1], results[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("static_batch", [False, True])
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        lambda t: t + tf.roll(t, 1, 0),
+        lambda t: t + tf.sort(t, 0),
+        lambda t: tf.matmul(tf.matmul(t, t, transpose_b=True), t),
+        lambda t: t[::-1],
+    ],
+    ids=["roll", "sort", "products", "reversed"],
+)
+def test_what_no_rule_knows_to_mix_examples_is_found_by_looking(mixing, static_batch):
+    model = lambda_between(mixing)
+    before = model.get_weights()
+    with pytest.raises((tf.errors.InvalidArgumentError, UnsupportedModelError), match=r"unusual.*see the others"):
+        released_sum(model, LOGITS, rows(5), labels(), 1.0, static_batch=static_batch)
+    for was, now in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(was, now)
+
+
+def test_a_loss_that_compares_examples_is_refused():
+    def contrastive(t, p):
+        return tf.nn.sparse_softmax_cross_entropy_with_logits(
+            tf.range(tf.shape(p)[0]), tf.matmul(p, p, transpose_b=True)
+        )
+
+    with pytest.raises((tf.errors.InvalidArgumentError, UnsupportedModelError), match="see the others"):
+        released_sum(sequential((5,), layers.Dense(4)), contrastive, rows(5), labels(), 1.0)
+
+
+def test_draws_inside_a_function_are_no_sign_of_coupling():
+    noisy = tf.function(lambda t: t + tf.random.normal(tf.shape(t)))
+    model = sequential((5,), layers.Dense(4), layers.Lambda(noisy), layers.Dense(4))
+    assert global_norm(released_sum(model, LOGITS, rows(5), labels(), 0.1)) <= EXAMPLES * 0.1 * (1 + 1e-4)
