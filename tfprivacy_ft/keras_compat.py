@@ -137,9 +137,16 @@ class _Keras3Hook(_Mixin):
 OptimizerHook = _Keras3Hook if IS_KERAS_3 else _Keras2Hook
 
 
+_NO_WRAPPER = (
+    "compile is called with auto_scale_loss=False"
+    if IS_KERAS_3
+    else "layers get dtype='mixed_float16' and the global policy stays float32"
+)
+
+
 def _raw_gradients() -> RawGradientsError:
     return RawGradientsError(
         "apply_gradients was given gradients that are not what this DP optimizer clipped and noised: train with model.fit "
-        "or train_on_batch, with no LossScaleOptimizer around it (mixed_bfloat16 needs none, mixed_float16 is not "
-        "supported), or call optimizer.minimize on a loss inside a tf.function."
+        "or train_on_batch, with no LossScaleOptimizer around it (under mixed_float16 Keras adds one unless "
+        f"{_NO_WRAPPER}; give loss_scale to this optimizer), or call optimizer.minimize on a loss inside a tf.function."
     )

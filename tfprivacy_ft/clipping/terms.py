@@ -139,14 +139,15 @@ def find_shares(loss: tf.Tensor, terms: list[tf.Tensor], layouts: Layouts, batch
     """
     alone = [_of_one_example(t, layouts, batch_size) for t in terms]
     feed = list(zip(terms, alone, strict=True))
-    counts = {layouts.batch} | {math.prod(layouts.shape(t) or [0]) for t in terms}
+    rows = layouts.batch * layouts.rows_per_example
+    counts = {rows} | {math.prod(layouts.shape(t) or [0]) for t in terms}
     for op in graphs.ancestors([loss], stop=terms):
         if op.type in graphs.SHAPE_OPS and op.type != "Rank" and isinstance(layouts.of(op.inputs[0]), Rows):
             feed.extend((out, _size_alone(op, out, layouts, batch_size)) for out in op.outputs)
         elif op.type in ("Placeholder", "ReadVariableOp") or graphs.is_random(op):
             feed.extend((out, out) for out in op.outputs)
         elif op.type == "Const" and layouts.batch_is_static:
-            feed.append((op.outputs[0], _constant_alone(op.outputs[0], layouts.batch, counts)))
+            feed.append((op.outputs[0], _constant_alone(op.outputs[0], layouts.batch, rows, counts)))
     (loss_alone,) = graphs.replay([loss], feed, loss.graph)
     gradients = tf.gradients(loss_alone, alone)
     return [Share(t, g) for t, g in zip(terms, gradients, strict=True) if g is not None]
@@ -171,7 +172,7 @@ def _size_alone(op: tf.Operation, out: tf.Tensor, layouts: Layouts, batch_size: 
     return tf.concat([out[:axis], out[axis : axis + 1] // batch, out[axis + 1 :]], 0)
 
 
-def _constant_alone(constant: tf.Tensor, batch: int, counts: set[int]) -> tf.Tensor:
+def _constant_alone(constant: tf.Tensor, batch: int, rows: int, counts: set[int]) -> tf.Tensor:
     """What an integer constant would be in a batch of one, where the trace has sizes of the batch written into it.
 
     Taking another constant for a size would scale every example's loss alike: another clip than meant, never a wrong
@@ -182,6 +183,6 @@ def _constant_alone(constant: tf.Tensor, batch: int, counts: set[int]) -> tf.Ten
         return constant
     if value.ndim == 0 and int(value) in counts:
         return tf.constant(int(value) // batch, constant.dtype)
-    if value.ndim == 1 and value.size and value[0] == batch:
-        return tf.constant([1, *value[1:]], constant.dtype)
+    if value.ndim == 1 and value.size and value[0] == rows:
+        return tf.constant([rows // batch, *value[1:]], constant.dtype)
     return constant
