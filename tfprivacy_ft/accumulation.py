@@ -69,7 +69,7 @@ class Accumulator:
         self._open.assign_sub(tf.cast(announced, tf.int64), read_value=False)
         self._position.assign(tf.where(complete, tf.zeros([], tf.int64), position + 1), read_value=False)
         self._held.assign(mark, read_value=False)
-        return Whole(totals[:-2], *totals[-2:], complete, announced)
+        return Whole(totals[:-2], totals[-2], totals[-1], complete, announced)
 
     def attach(self) -> None:
         """From now on micro-steps have to be announced."""

@@ -1,16 +1,32 @@
 """Everything that differs between Keras 2.14 and Keras 3, and the little of TensorFlow that has no public name."""
 
 import importlib.metadata
+import os
 import sys
 from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.framework import ops
 
-from tfprivacy_ft.errors import RawGradientsError, UnsupportedModelError
+from tfprivacy_ft.errors import RawGradientsError, UnsupportedBackendError, UnsupportedModelError
 
 keras: Any = tf.keras
 IS_KERAS_3 = int(importlib.metadata.version("keras").partition(".")[0]) >= 3
+
+
+def _check_backend() -> None:
+    """Refuses the other backends of Keras 3, before they are imported if an environment variable names them."""
+    named = os.environ.get("KERAS_BACKEND") if "keras" not in sys.modules else None
+    backend = named or keras.config.backend()
+    if backend != "tensorflow":
+        raise UnsupportedBackendError(
+            f"Keras runs on the backend {backend!r}, and private training needs TensorFlow's: set KERAS_BACKEND=tensorflow "
+            "before Keras is imported."
+        )
+
+
+if IS_KERAS_3:
+    _check_backend()
 
 LOSS_SCOPE = "compile_loss"  # in which Keras 3 computes losses, and keeps the means that it shows of them
 

@@ -85,6 +85,16 @@ def test_sum_and_count_together_cost_the_noise_multiplier():
         noise_on_sum(1.0, 0.5)
 
 
+def test_the_count_is_noisy():
+    moves = []
+    for _ in range(2):
+        optimizer = optimizer_with(Adaptive(0.5, 0.2, count_stddev=20.0), 40.0, noise=1.0)
+        linear_model(optimizer).train_on_batch(X, Y)
+        moves.append(np.log(optimizer.l2_norm_clip / 40))
+    assert moves[0] != moves[1]
+    assert all(abs(move - 0.02) < 0.2 * 0.2 * 6 for move in moves)  # six standard deviations, probability 4e-9
+
+
 def test_what_fills_a_batch_has_no_vote_and_a_bad_example_is_not_within():
     for x, weight, expected in (
         (X[:10], PADDING, 0.5),  # nobody votes

@@ -1,5 +1,6 @@
 """DP optimizers as Keras users meet them: equal to Keras without clip and noise, saved, loaded, and hard to misuse."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -219,6 +220,18 @@ def test_a_loss_scale_optimizer_of_keras_is_refused_with_the_way_out():
             assert optimizer.privacy_steps == 2
     finally:
         keras.mixed_precision.set_global_policy("float32")
+
+
+@pytest.mark.skipif(not IS_KERAS_3, reason="Keras 2 has one backend")
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_other_backends_of_keras_are_refused_in_one_sentence(backend):
+    code = "from tfprivacy_ft import DPKerasSGDOptimizer"
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines()[-1].startswith(
+        f"tfprivacy_ft.errors.UnsupportedBackendError: Keras runs on the backend '{backend}'"
+    )
 
 
 def test_replicas_are_refused():
