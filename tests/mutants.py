@@ -158,8 +158,8 @@ MUTANTS = (
     Mutant(
         "step beyond the reservation",
         "guard.py",
-        "open_to_it = self._done < self._reserved",
-        "open_to_it = self._done < self._reserved + 1",
+        "return (self._done < self._reserved)",
+        "return (self._done < self._reserved + 1)",
         PLAN,
         "reserved or budget",
     ),
@@ -253,7 +253,12 @@ MUTANTS = (
         "nobody",
     ),
     Mutant(
-        "part of an example let through", "clipping/engine.py", "[] if whole is None else [whole]", "[]", UNITS, "part"
+        "part of an example let through",
+        "clipping/engine.py",
+        "tf.debugging.assert_equal(rows % rows_per_example, 0, message=sentence)",
+        "None",
+        UNITS,
+        "part",
     ),
     Mutant("rows drawn apart", "sampling.py", "chosen * rows_per_example", "chosen", UNITS, "sampler"),
     Mutant(

@@ -217,7 +217,8 @@ _CLASS_DOC = """`{base}` on differentially private gradients.
       clipping: a rule of `tfprivacy_ft.clipping`: `Flat()`, which is None, `PerLayer()` or `Automatic()`; or
         `tfprivacy_ft.moving_clip.Adaptive()`, which moves the clip.
       accumulation_steps: k >= 1; k batches of `fit` make one logical batch, whose clipped sum gets noise once and moves
-        the weights once; `expected_batch_size` and `iterations` are those of logical batches.
+        the weights once; `expected_batch_size` and `iterations` are those of logical batches. Without a plan, what a
+        `fit` leaves of a logical batch goes on with the next.
       rows_per_example: K >= 1; K consecutive rows of a batch, such as augmentations of one image or the records of one
         person, are one example, whose loss is the one Keras gives these rows together, and whose gradient is clipped
         once. Batches have to be made for it, as `plan.batches` makes them: a shuffle of rows tears examples apart.
