@@ -1,6 +1,7 @@
 # make demo    a private model on bundled data, and its epsilon
-# make test    everything the CI checks; PYTEST_ARGS=tests/tfprivacy_ft/test_models.py runs some tests only
+# make test    lint, types, notebooks and tests; PYTEST_ARGS=tests/tfprivacy_ft/test_models.py runs some tests only
 # make test-current the same tests on the current stack, Python 3.12 or newer with Keras 3, in .venv-current
+# make check   everything the CI checks: both of these, side by side
 # make bench   the benchmarks
 # make mutants breaks one line at a time, and lists what no test noticed
 # make clean   removes what was built; runs/ with its ledgers stays
@@ -30,7 +31,7 @@ PYTHON_CURRENT := $(shell for p in python3.12 "$$HOME"/.pyenv/versions/3.12.*/bi
 endif
 stamp_current := .venv-current/installed
 
-.PHONY: demo test test-current bench mutants clean
+.PHONY: demo test test-current check bench mutants clean
 
 demo: $(stamp)
 	@$(bin)/tfprivacy-ft demo
@@ -49,6 +50,14 @@ endif
 
 test-current: $(stamp_current)
 	.venv-current/bin/python -m pytest $(or $(PYTEST_ARGS),tests/tfprivacy_ft tfprivacy_ft)
+
+# Side by side, since one leaves a core idle for long stretches; the current stack's lines are shown when it has ended.
+check: $(stamp) $(stamp_current)
+	@log=$$(mktemp); $(MAKE) --no-print-directory test-current >"$$log" 2>&1 & current=$$!; \
+	federated=0; $(MAKE) --no-print-directory test || federated=$$?; \
+	status=0; wait $$current || status=$$?; \
+	echo "== Python 3.12, TensorFlow 2.21, Keras 3"; cat "$$log"; rm -f "$$log"; \
+	exit $$((federated || status))
 
 bench: $(stamp)
 	@for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do \

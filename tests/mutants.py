@@ -14,6 +14,11 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENGINE = "tests/tfprivacy_ft/clipping/test_engine.py"
 PLAN = "tests/tfprivacy_ft/test_plan.py"
+OPTIMIZERS = "tests/tfprivacy_ft/test_optimizers.py"
+RULES = "tests/tfprivacy_ft/clipping/test_rules.py"
+UNITS = "tests/tfprivacy_ft/clipping/test_units.py"
+ACCUMULATION = "tests/tfprivacy_ft/test_accumulation.py"
+MOVING = "tests/tfprivacy_ft/test_moving_clip.py"
 NOISE = "tests/tfprivacy_ft/test_noise.py"
 
 
@@ -105,8 +110,8 @@ MUTANTS = (
     Mutant(
         "padding marks not seen",
         "clipping/one_by_one.py",
-        "return tf.bitcast(weights, tf.int32) != tf.int32.min",
-        "return tf.fill([batch_size], True)",
+        "tf.bitcast(weights, tf.int32) != tf.int32.min",
+        "tf.fill(tf.shape(weights), True)",
         ENGINE,
         "filled",
     ),
@@ -121,8 +126,8 @@ MUTANTS = (
     Mutant(
         "noise without the clip",
         "optimizers.py",
-        "stddev = self.l2_norm_clip * self.noise_multiplier",
-        "stddev = self.noise_multiplier",
+        "self.noise.like(total, clip * multiplier)",
+        "self.noise.like(total, multiplier)",
         NOISE,
         "standard",
     ),
@@ -137,8 +142,8 @@ MUTANTS = (
     Mutant(
         "drawn batch as denominator",
         "optimizers.py",
-        "tf.where(self.expected_batch_size > 0, self.expected_batch_size, rows)",
-        "rows",
+        "tf.where(self.expected_batch_size > 0, self.expected_batch_size, batch.rows)",
+        "batch.rows",
         "tests/tfprivacy_ft/test_optimizers.py",
         "expected_batch",
     ),
@@ -153,8 +158,8 @@ MUTANTS = (
     Mutant(
         "step beyond the reservation",
         "guard.py",
-        "allowed = self._done < self._reserved",
-        "allowed = self._done < self._reserved + 1",
+        "return (self._done < self._reserved)",
+        "return (self._done < self._reserved + 1)",
         PLAN,
         "reserved or budget",
     ),
@@ -198,6 +203,98 @@ MUTANTS = (
         "*self._settled",
         "tests/tfprivacy_ft/test_ledger.py",
         "",
+    ),
+    Mutant(
+        "each layer gets the whole clip",
+        "clipping/rules.py",
+        "1 / math.sqrt(len(set(groups)))",
+        "1.0",
+        RULES,
+        "per_layer",
+    ),
+    Mutant(
+        "a step for every micro-batch",
+        "accumulation.py",
+        "position + 1 >= self._steps",
+        "position >= 0",
+        ACCUMULATION,
+        "",
+    ),
+    Mutant(
+        "logical batches shifted against the draws",
+        "accumulation.py",
+        "        if int(self._position) != position:\n            self._move_to(position)\n",
+        "",
+        ACCUMULATION,
+        "in_between",
+    ),
+    Mutant(
+        "data of another kind of step kept",
+        "accumulation.py",
+        "fresh = other | (position == 0)",
+        "fresh = position == 0",
+        ACCUMULATION,
+        "in_between",
+    ),
+    Mutant(
+        "a logical batch over two passes",
+        "accumulation.py",
+        "        self._passed = 0\n        self._move_to(0)",
+        "        pass",
+        ACCUMULATION,
+        "interrupted or span",
+    ),
+    Mutant(
+        "micro-batches of unknown origin counted once",
+        "sampling.py",
+        "noise_multiplier /= accumulation_steps",
+        "pass",
+        ACCUMULATION,
+        "nobody",
+    ),
+    Mutant(
+        "part of an example let through",
+        "clipping/engine.py",
+        "tf.debugging.assert_equal(rows % rows_per_example, 0, message=sentence)",
+        "None",
+        UNITS,
+        "part",
+    ),
+    Mutant("rows drawn apart", "sampling.py", "chosen * rows_per_example", "chosen", UNITS, "sampler"),
+    Mutant(
+        "sum not unscaled",
+        "clipping/engine.py",
+        "w / loss_scale, 0.0",
+        "w, 0.0",
+        OPTIMIZERS,
+        "half_precision or float16",
+    ),
+    Mutant(
+        "norms not unscaled",
+        "clipping/engine.py",
+        "c.squared_norms() / loss_scale**2",
+        "c.squared_norms()",
+        OPTIMIZERS,
+        "half",
+    ),
+    Mutant("clip moves the wrong way", "moving_clip.py", "tf.exp(-self", "tf.exp(self", MOVING, "quantile"),
+    Mutant("the count is free", "moving_clip.py", "- (2 * count_stddev) ** -2", "", MOVING, "cost"),
+    Mutant("padding votes", "moving_clip.py", "tf.where(real, within, 0.0)", "within", MOVING, "vote"),
+    Mutant(
+        "noise of the first clip",
+        "optimizers.py",
+        "clip * multiplier)",
+        "self._l2_norm_clip * multiplier)",
+        MOVING,
+        "bound",
+    ),
+    Mutant(
+        "no noise on the count",
+        "optimizers.py",
+        "batch.votes + self.noise.like(batch.votes, self.moving_clip.count_stddev)",
+        "batch.votes",
+        MOVING,
+        "count_is_noisy",
     ),
 )
 

@@ -22,6 +22,10 @@ _HOMES = {
     "DPKerasAdamWOptimizer": "optimizers",
     "DPKerasAdagradOptimizer": "optimizers",
     "make_dp_optimizer_class": "optimizers",
+    "Flat": "clipping",
+    "PerLayer": "clipping",
+    "Automatic": "clipping",
+    "Adaptive": "moving_clip",
     "PrivacyPlan": "plan",
     "poisson_batches": "sampling",
 }

@@ -20,12 +20,14 @@ class Whole:
     Args:
       sums: float32, one tensor for each variable.
       rows: float32 scalar, examples in all of it.
+      votes: float32 scalar, the votes on the clip of all of it.
       complete: bool scalar, whether this was the last micro-batch of a logical batch.
       announced: bool scalar, whether all of it belongs to an execution that was announced.
     """
 
     sums: list[tf.Tensor]
     rows: tf.Tensor
+    votes: tf.Tensor
     complete: tf.Tensor
     announced: tf.Tensor
 
@@ -49,7 +51,7 @@ class Accumulator:
         self._sets: dict[tuple, tuple[int, list[tf.Variable]]] = {}
         self._passed = self._announced = 0  # micro-steps of this pass, and of the execution that runs
 
-    def add(self, sums: list[tf.Tensor], rows: tf.Tensor, variables: list[tf.Variable]) -> Whole:
+    def add(self, sums: list[tf.Tensor], rows: tf.Tensor, votes: tf.Tensor, variables: list[tf.Variable]) -> Whole:
         """Adds to the graph under construction: one more micro-batch, and where in its logical batch it is."""
         number, slots = self._slots(variables)
         announced = self._open > 0
@@ -58,7 +60,7 @@ class Accumulator:
         other = self._held.read_value() != mark
         position = tf.where(other & ~announced, tf.zeros([], tf.int64), self._position.read_value())
         fresh = other | (position == 0)
-        parts = [*sums, tf.cast(rows, tf.float32)]
+        parts = [*sums, rows, votes]
         totals = [
             s.assign(tf.where(fresh, part, s.read_value() + part), read_value=True)
             for s, part in zip(slots, parts, strict=True)
@@ -67,7 +69,7 @@ class Accumulator:
         self._open.assign_sub(tf.cast(announced, tf.int64), read_value=False)
         self._position.assign(tf.where(complete, tf.zeros([], tf.int64), position + 1), read_value=False)
         self._held.assign(mark, read_value=False)
-        return Whole(totals[:-1], totals[-1], complete, announced)
+        return Whole(totals[:-2], totals[-2], totals[-1], complete, announced)
 
     def attach(self) -> None:
         """From now on micro-steps have to be announced."""
@@ -99,11 +101,11 @@ class Accumulator:
         self._held.assign(_NOTHING)
 
     def _slots(self, variables: list[tf.Variable]) -> tuple[int, list[tf.Variable]]:
-        """The number of this set of variables, and its sums, the number of rows last."""
+        """The number of this set of variables, and its sums; rows and votes come last."""
         key = tuple(v.ref() for v in variables)
         if key not in self._sets:
             with tf.init_scope():
-                shapes = [v.shape for v in variables] + [tf.TensorShape([])]
+                shapes = [v.shape for v in variables] + [tf.TensorShape([])] * 2
                 slots = [tf.Variable(tf.zeros(shape), trainable=False, name="clipped_sum") for shape in shapes]
             self._sets[key] = (len(self._sets), slots)
         return self._sets[key]

@@ -21,6 +21,10 @@ class RawGradientsError(PrivacyError):
     """Gradients that were neither clipped nor noised reached a DP optimizer."""
 
 
+class UnsupportedBackendError(PrivacyError, ImportError):
+    """Keras runs on another backend than TensorFlow, whose graphs the clipping reads."""
+
+
 class BudgetExceededError(PrivacyError):
     """One more step or round would pass the target epsilon; nothing was released."""
 

@@ -21,6 +21,8 @@ class StepGuard:
         with tf.init_scope():
             self._done = tf.Variable(0, dtype=tf.int64, trainable=False, name="private_steps_done")
             self._reserved = tf.Variable(_UNLIMITED, dtype=tf.int64, trainable=False, name="private_steps_reserved")
+            # Whether the limit holds for steps that were not announced, too.
+            self._for_all = tf.Variable(True, trainable=False, name="private_steps_for_all")
             self._refused = tf.Variable(0, dtype=tf.int64, trainable=False, name="private_steps_refused")
         self._reserve: Callable[[int], int] | None = None
 
@@ -46,8 +48,9 @@ class StepGuard:
         self._reserved.assign(self._done)
 
     def allow_until(self, limit: int) -> None:
-        """Moves the limit: steps up to `limit` have been reserved."""
+        """Moves the limit: steps up to `limit` have been reserved, for steps that were announced."""
         self._reserved.assign(limit)
+        self._for_all.assign(False)
 
     def enter(self, due: tf.Tensor | bool = True, announced: tf.Tensor | bool = True) -> tf.Tensor:
         """Adds to the graph under construction: reserve if needed, then count; a bool, whether the step may happen.
@@ -60,20 +63,22 @@ class StepGuard:
           announced: bool scalar, whether it may use what was reserved for steps that were announced.
         """
         due, announced = tf.convert_to_tensor(due), tf.convert_to_tensor(announced)
-        if keras_compat.inside_xla():  # Python cannot be called from compiled code: there a callback reserves
-            open_to_it = announced & (self._done < self._reserved)
-        else:
-            tf.cond(due & ~(announced & (self._done < self._reserved)), self._reserve_more, tf.no_op)
-            open_to_it = self._done < self._reserved
-        allowed = due & open_to_it
+        if not keras_compat.inside_xla():  # Python cannot be called from compiled code: there a callback reserves
+            tf.cond(due & ~self._is_open(announced), self._reserve_more, tf.no_op)
+        allowed = due & self._is_open(announced)
         counted = self._done.assign_add(tf.cast(allowed, tf.int64), read_value=False)
         refused = self._refused.assign_add(tf.cast(due & ~allowed, tf.int64), read_value=False)
         with tf.control_dependencies([counted, refused]):
             return tf.identity(allowed)
 
+    def _is_open(self, announced: tf.Tensor) -> tf.Tensor:
+        return (self._done < self._reserved) & (announced | self._for_all.read_value())
+
     def _reserve_more(self) -> tf.Operation:
         limit = tf.py_function(self._call_reserve, [self._done.read_value()], tf.int64)
         self._reserved.assign(tf.ensure_shape(limit, []))
+        with tf.control_dependencies([limit]):  # the function moves the limit itself, for announced steps, on its way
+            self._for_all.assign(True)
         return tf.no_op()
 
     def _call_reserve(self, done: tf.Tensor) -> int:

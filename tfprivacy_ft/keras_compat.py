@@ -1,16 +1,32 @@
 """Everything that differs between Keras 2.14 and Keras 3, and the little of TensorFlow that has no public name."""
 
 import importlib.metadata
+import os
 import sys
 from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.framework import function_def_to_graph, ops
 
-from tfprivacy_ft.errors import RawGradientsError, UnsupportedModelError
+from tfprivacy_ft.errors import RawGradientsError, UnsupportedBackendError, UnsupportedModelError
 
 keras: Any = tf.keras
 IS_KERAS_3 = int(importlib.metadata.version("keras").partition(".")[0]) >= 3
+
+
+def _check_backend() -> None:
+    """Refuses the other backends of Keras 3, before they are imported if an environment variable names them."""
+    named = os.environ.get("KERAS_BACKEND") if "keras" not in sys.modules else None
+    backend = named or keras.config.backend()
+    if backend != "tensorflow":
+        raise UnsupportedBackendError(
+            f"Keras runs on the backend {backend!r}, and private training needs TensorFlow's: set KERAS_BACKEND=tensorflow "
+            "before Keras is imported."
+        )
+
+
+if IS_KERAS_3:
+    _check_backend()
 
 LOSS_SCOPE = "compile_loss"  # in which Keras 3 computes losses, and keeps the means that it shows of them
 
@@ -44,6 +60,16 @@ def fit_arguments(model: Any) -> dict[str, Any] | None:
             return {name: frame.f_locals.get(name) for name in ("x", "y", "batch_size", "steps_per_epoch")}
         frame = frame.f_back
     return None
+
+
+def tensorflow_variable(variable: Any) -> tf.Variable:
+    """The TensorFlow variable behind one of Keras's."""
+    return variable.value if IS_KERAS_3 and not isinstance(variable, tf.Variable) else variable
+
+
+def name_of(variable: Any) -> str:
+    """A variable's name with its layer's, as this Keras shows it."""
+    return getattr(variable, "path", None) or variable.name.removesuffix(":0")
 
 
 def layer_path(variable: tf.Variable) -> str:
@@ -131,7 +157,7 @@ class _Keras3Hook(_Mixin):
         if loss is None:
             raise _raw_gradients()
         variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
-        private = self.private_gradients(loss, [getattr(v, "value", v) for v in variables])
+        private = self.private_gradients(loss, [tensorflow_variable(v) for v in variables])
         if not self.built:
             with tf.init_scope():
                 self.build(variables)
@@ -142,9 +168,16 @@ class _Keras3Hook(_Mixin):
 OptimizerHook = _Keras3Hook if IS_KERAS_3 else _Keras2Hook
 
 
+_NO_WRAPPER = (
+    "compile is called with auto_scale_loss=False"
+    if IS_KERAS_3
+    else "layers get dtype='mixed_float16' and the global policy stays float32"
+)
+
+
 def _raw_gradients() -> RawGradientsError:
     return RawGradientsError(
         "apply_gradients was given gradients that are not what this DP optimizer clipped and noised: train with model.fit "
-        "or train_on_batch, with no LossScaleOptimizer around it (mixed_bfloat16 needs none, mixed_float16 is not "
-        "supported), or call optimizer.minimize on a loss inside a tf.function."
+        "or train_on_batch, with no LossScaleOptimizer around it (under mixed_float16 Keras adds one unless "
+        f"{_NO_WRAPPER}; give loss_scale to this optimizer), or call optimizer.minimize on a loss inside a tf.function."
     )

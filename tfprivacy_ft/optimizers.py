@@ -22,6 +22,7 @@ from tfprivacy_ft.clipping import ClippedSum, ClippingRule, Flat, clipped_sum, r
 from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedModelError
 from tfprivacy_ft.guard import StepGuard
 from tfprivacy_ft.keras_compat import OptimizerHook, keras
+from tfprivacy_ft.moving_clip import Adaptive, MovingClip
 from tfprivacy_ft.noise import GaussianNoise
 
 
@@ -39,6 +40,8 @@ class Mechanism:
         where that number is fixed and public.
       clipping: how gradients are shortened to `l2_norm_clip`.
       accumulation_steps: micro-batches whose sums are added up before noise is drawn, once, for all of them.
+      rows_per_example: consecutive rows of a batch that are one example.
+      loss_scale: what the loss is multiplied by while it is differentiated, or None.
     """
 
     def __init__(
@@ -48,9 +51,16 @@ class Mechanism:
         expected_batch_size: float | None = None,
         clipping: ClippingRule | None = None,
         accumulation_steps: int = 1,
+        rows_per_example: int = 1,
+        loss_scale: float | None = None,
     ):
         self._l2_norm_clip, self._noise_multiplier = float(l2_norm_clip), float(noise_multiplier)
         self.clipping = clipping or Flat()
+        self.moving_clip = (
+            MovingClip(clipping, self._l2_norm_clip, self._noise_multiplier, expected_batch_size)
+            if isinstance(clipping, Adaptive)
+            else None
+        )
         with tf.init_scope():
             # A variable, because a Python number would go stale in Keras's cached training function; 0: the rows.
             self.expected_batch_size = tf.Variable(
@@ -58,14 +68,15 @@ class Mechanism:
             )
         self.noise, self.guard = GaussianNoise(), StepGuard()
         self.accumulation_steps = accumulation_steps
+        self.rows_per_example, self.loss_scale = rows_per_example, loss_scale
         self.accumulator = Accumulator(accumulation_steps) if accumulation_steps > 1 else None
         self.has_plan = self._warned = False
         self._allowed: tf.Tensor | None = None
 
     @property
     def l2_norm_clip(self) -> float:
-        """The most one example adds to the sum."""
-        return self._l2_norm_clip
+        """The most one example adds to the sum; where the clip moves, as it is now."""
+        return float(self._clip())
 
     @property
     def noise_multiplier(self) -> float:
@@ -78,30 +89,46 @@ class Mechanism:
         In the midst of a logical batch there is no step, and nothing is let through.
         """
         self._check_strategy()
-        clipped = clipped_sum(loss, variables, self.l2_norm_clip, self.clipping)
+        clip = self._clip()
+        clipped = clipped_sum(
+            loss,
+            variables,
+            clip,
+            self.clipping,
+            rows_per_example=self.rows_per_example,
+            loss_scale=self.loss_scale,
+        )
         batch = self._add_up(clipped, variables)
         self._allowed = self.guard.enter(batch.complete, batch.announced)
         denominator = tf.where(self.expected_batch_size > 0, self.expected_batch_size, batch.rows)
-        private = [total / denominator for total in self._released(batch.sums)]
+        private = [total / denominator for total in self._released(batch.sums, clip)]
+        if self.moving_clip is not None:
+            votes = batch.votes + self.noise.like(batch.votes, self.moving_clip.count_stddev)
+            self.moving_clip.move(votes, denominator, self._allowed)
         result = []
         for gradient, regular, variable in zip(private, clipped.data_independent, variables, strict=True):
             gradient = tf.cast(gradient, variable.dtype)
             result.append(gradient if regular is None else gradient + tf.cast(regular, variable.dtype))
         return result
 
+    def _clip(self) -> tf.Tensor | float:
+        return self._l2_norm_clip if self.moving_clip is None else self.moving_clip.value()
+
     def _add_up(self, clipped: ClippedSum, variables: list[tf.Variable]) -> Whole:
         """The sums of the logical batch up to here."""
-        rows = tf.cast(clipped.batch_size, tf.float32)
+        rows, votes = tf.cast(clipped.batch_size, tf.float32), tf.zeros([])
+        if self.moving_clip is not None:
+            votes = self.moving_clip.votes(clipped.norms, clipped.real)
         if self.accumulator is None:
-            return Whole(clipped.sums, rows, tf.constant(True), tf.constant(True))
-        return self.accumulator.add(clipped.sums, rows, variables)
+            return Whole(clipped.sums, rows, votes, tf.constant(True), tf.constant(True))
+        return self.accumulator.add(clipped.sums, rows, votes, variables)
 
-    def _released(self, sums: list[tf.Tensor]) -> list[tf.Tensor]:
+    def _released(self, sums: list[tf.Tensor], clip: tf.Tensor | float) -> list[tf.Tensor]:
         """The noisy sums, or zeros where the step was not let through."""
-        stddev = self.l2_norm_clip * self.noise_multiplier
+        multiplier = self.noise_multiplier if self.moving_clip is None else self.moving_clip.noise_multiplier
 
         def noisy() -> list[tf.Tensor]:
-            return [total + self.noise.like(total, stddev) if stddev else total for total in sums]
+            return [total + self.noise.like(total, clip * multiplier) if multiplier else total for total in sums]
 
         if self.accumulator is None:  # noise needs no data, and outside of a cond is drawn beside the backward pass
             return [tf.where(self._allowed, total, 0.0) for total in noisy()]
@@ -150,7 +177,7 @@ def make_dp_optimizer_class(base: type) -> type:
 
     Returns:
       A subclass that takes `l2_norm_clip`, `noise_multiplier` and `num_microbatches` first, then `base`'s own arguments,
-      and the keywords `expected_batch_size`, `clipping` and `accumulation_steps`.
+      and the keywords `expected_batch_size`, `clipping`, `accumulation_steps`, `rows_per_example` and `loss_scale`.
 
     Raises:
       InvalidArgumentError: `base` is not a Keras optimizer class of this Keras, or is private already.
@@ -187,9 +214,17 @@ _CLASS_DOC = """`{base}` on differentially private gradients.
       *args: `{base}`'s own arguments, the learning rate first.
       expected_batch_size: > 0, what the noisy sum is divided by, a constant; None divides by the rows of each batch,
         right for batches of fixed, public size.
-      clipping: a rule of `tfprivacy_ft.clipping`: `Flat()`, which is None, `PerLayer()` or `Automatic()`.
+      clipping: a rule of `tfprivacy_ft.clipping`: `Flat()`, which is None, `PerLayer()` or `Automatic()`; or
+        `tfprivacy_ft.moving_clip.Adaptive()`, which moves the clip.
       accumulation_steps: k >= 1; k batches of `fit` make one logical batch, whose clipped sum gets noise once and moves
-        the weights once; `expected_batch_size` and `iterations` are those of logical batches.
+        the weights once; `expected_batch_size` and `iterations` are those of logical batches. Without a plan, what a
+        `fit` leaves of a logical batch goes on with the next.
+      rows_per_example: K >= 1; K consecutive rows of a batch, such as augmentations of one image or the records of one
+        person, are one example, whose loss is the one Keras gives these rows together, and whose gradient is clipped
+        once. Batches have to be made for it, as `plan.batches` makes them: a shuffle of rows tears examples apart.
+        `expected_batch_size` counts examples, not rows.
+      loss_scale: > 0, for models in float16: what the loss is multiplied by while it is differentiated, a power of two
+        such as 1024; gradients are divided by it in float32. None for other models.
       **kwargs: `{base}`'s own keyword arguments.
 
     Raises:
@@ -211,9 +246,17 @@ class DPOptimizer:
         expected_batch_size: float | None = None,
         clipping: ClippingRule | None = None,
         accumulation_steps: int = 1,
+        rows_per_example: int = 1,
+        loss_scale: float | None = None,
         **kwargs: Any,
     ):
-        _check.positive_integer(accumulation_steps=accumulation_steps)
+        _check.positive_integer(accumulation_steps=accumulation_steps, rows_per_example=rows_per_example)
+        if loss_scale is not None:
+            _check.positive(loss_scale=loss_scale)
+        if kwargs.get("loss_scale_factor") is not None:
+            raise InvalidArgumentError(
+                "loss_scale_factor is Keras's and would divide the noisy gradient by the scale: use loss_scale."
+            )
         if kwargs.get("gradient_accumulation_steps") is not None:
             raise InvalidArgumentError(
                 "gradient_accumulation_steps is Keras's and would draw noise for every micro-batch: use accumulation_steps, "
@@ -230,11 +273,19 @@ class DPOptimizer:
                 "and give expected_batch_size."
             )
         super().__init__(*args, **kwargs)
-        self._mechanism = Mechanism(l2_norm_clip, noise_multiplier, expected_batch_size, clipping, accumulation_steps)
+        self._mechanism = Mechanism(
+            l2_norm_clip,
+            noise_multiplier,
+            expected_batch_size,
+            clipping,
+            accumulation_steps,
+            rows_per_example,
+            loss_scale,
+        )
 
     @property
     def l2_norm_clip(self) -> float:
-        """The bound on each example's gradient norm."""
+        """The bound on each example's gradient norm; where the clip moves, as it is now."""
         return self._mechanism.l2_norm_clip
 
     @property
@@ -251,6 +302,11 @@ class DPOptimizer:
     def accumulation_steps(self) -> int:
         """Micro-batches in a logical batch."""
         return self._mechanism.accumulation_steps
+
+    @property
+    def rows_per_example(self) -> int:
+        """Consecutive rows of a batch that are one example."""
+        return self._mechanism.rows_per_example
 
     @property
     def privacy_steps(self) -> int:
@@ -277,6 +333,8 @@ class DPOptimizer:
             "expected_batch_size": expected or None,
             "clipping": rules.to_config(self._mechanism.clipping),
             "accumulation_steps": self.accumulation_steps,
+            "rows_per_example": self.rows_per_example,
+            "loss_scale": self._mechanism.loss_scale,
         }
 
     @classmethod

@@ -36,6 +36,8 @@ class PrivacyPlan:
       steps_per_block: steps that the ledger reserves at once; None for about a second of work.
       accumulation_steps: k >= 1; each step's batch comes in k micro-batches, so that it need not fit into memory. Keras
         then shows k times as many batches; steps, here and in the ledger, are those of whole batches.
+      rows_per_example: K >= 1; K consecutive rows of the data are one example, clipped, drawn and protected as one, such
+        as the augmentations of an image. `num_examples` and `batch_size` count examples.
 
     Raises:
       InvalidArgumentError: an argument is outside its range.
@@ -56,11 +58,12 @@ class PrivacyPlan:
     target_epsilon: float | None = None
     steps_per_block: int | None = None
     accumulation_steps: int = 1
+    rows_per_example: int = 1
 
     def __post_init__(self):
         _check_sizes(self.num_examples, self.batch_size, self.epochs)
         _check.non_negative(noise_multiplier=self.noise_multiplier)
-        _check.positive_integer(accumulation_steps=self.accumulation_steps)
+        _check.positive_integer(accumulation_steps=self.accumulation_steps, rows_per_example=self.rows_per_example)
         accounting.check_delta(self.delta, self.num_examples)
         if self.target_epsilon is not None:
             _check.positive(target_epsilon=self.target_epsilon)
@@ -83,12 +86,14 @@ class PrivacyPlan:
         epochs: int,
         steps_per_block: int | None = None,
         accumulation_steps: int = 1,
+        rows_per_example: int = 1,
     ) -> "PrivacyPlan":
         """The plan with the least noise that keeps Poisson batches within `target_epsilon`; never less privacy.
 
         Args:
           target_epsilon: > 0, by the PLD accountant, for adding or removing one example.
-          delta, num_examples, batch_size, epochs, steps_per_block, accumulation_steps: as in the class.
+          delta, num_examples, batch_size, epochs, steps_per_block, accumulation_steps, rows_per_example: as in the
+            class.
 
         Raises:
           InvalidArgumentError: an argument is outside its range, or no noise reaches the target.
@@ -109,7 +114,17 @@ class PrivacyPlan:
             )
 
         noise = accounting.solve_noise_multiplier(target_epsilon=target_epsilon, delta=delta, events_for=events)
-        return cls(num_examples, batch_size, epochs, delta, noise, target_epsilon, steps_per_block, accumulation_steps)
+        return cls(
+            num_examples,
+            batch_size,
+            epochs,
+            delta,
+            noise,
+            target_epsilon,
+            steps_per_block,
+            accumulation_steps,
+            rows_per_example,
+        )
 
     @property
     def sampling_probability(self) -> float:
@@ -133,7 +148,7 @@ class PrivacyPlan:
           InvalidArgumentError: x does not hold `num_examples` examples.
           DatasetError: x, y and sample_weight differ in length.
         """
-        size = number_of_examples(x, y, sample_weight)
+        size = number_of_examples(x, y, sample_weight, rows_per_example=self.rows_per_example)
         if size != self.num_examples:
             raise InvalidArgumentError(
                 f"x holds {size} examples and the plan was made for num_examples={self.num_examples}: make the plan for "
@@ -146,6 +161,7 @@ class PrivacyPlan:
             sample_weight=sample_weight,
             pad_to=pad_to,
             accumulation_steps=self.accumulation_steps,
+            rows_per_example=self.rows_per_example,
         )
         self._drawn.add(batches)
         return batches
@@ -167,6 +183,7 @@ class PrivacyPlan:
             noise_multiplier=self.noise_multiplier,
             expected_batch_size=self.batch_size,
             accumulation_steps=self.accumulation_steps,
+            rows_per_example=self.rows_per_example,
             **arguments,
         )
         self.attach(optimizer)
@@ -176,14 +193,14 @@ class PrivacyPlan:
         """Records the steps of a DP optimizer that was made elsewhere, such as one of a loaded model.
 
         Raises:
-          InvalidArgumentError: it is not a DP optimizer, or was made for another noise or another number of micro-batches
+          InvalidArgumentError: it is not a DP optimizer, or was made for another noise, or other micro-batches or examples,
             than the plan.
         """
         from tfprivacy_ft import optimizers
 
         if not isinstance(optimizer, optimizers.DPOptimizer):
             raise InvalidArgumentError(f"{type(optimizer).__name__} is not a DP optimizer: use plan.optimizer(...).")
-        for name in ("noise_multiplier", "accumulation_steps"):
+        for name in ("noise_multiplier", "accumulation_steps", "rows_per_example"):
             theirs, ours = getattr(optimizer, name), getattr(self, name)
             if theirs != ours:
                 raise InvalidArgumentError(
@@ -193,7 +210,8 @@ class PrivacyPlan:
         if optimizer.mechanism.has_plan and optimizer.mechanism not in self._recorders:
             raise InvalidArgumentError("the optimizer belongs to another plan: make one with plan.optimizer(...).")
         optimizer.expected_batch_size.assign(self.batch_size)
-        mechanism, noise, clip = optimizer.mechanism, optimizer.noise_multiplier, optimizer.l2_norm_clip
+        mechanism, noise = optimizer.mechanism, optimizer.noise_multiplier
+        clip = None if mechanism.moving_clip is not None else optimizer.l2_norm_clip
         mechanism.has_plan = True
         micro_batches = self.accumulation_steps
 
@@ -257,8 +275,9 @@ class PrivacyPlan:
           arguments: the x, y, batch_size and steps_per_epoch of `fit`, or None if they are not known.
 
         Raises:
-          InvalidArgumentError: an epoch has fewer batches than a step needs.
+          InvalidArgumentError: an epoch has fewer batches than a step needs, or Keras would tear examples apart.
         """
+        self._refuse_torn_examples(arguments)
         if arguments is None or arguments["steps_per_epoch"] is not None:
             return UNKNOWN
         x = arguments["x"]
@@ -276,6 +295,16 @@ class PrivacyPlan:
                 "than that: give fit a smaller batch_size."
             )
         return Sampling("shuffled", size, pass_length=batches // self.accumulation_steps)
+
+    def _refuse_torn_examples(self, arguments: dict[str, Any] | None) -> None:
+        """Refuses data that Keras batches itself, row by row, where several rows are one example."""
+        import tensorflow as tf
+
+        if self.rows_per_example > 1 and arguments is not None and not isinstance(arguments["x"], tf.data.Dataset):
+            raise InvalidArgumentError(
+                f"fit batches arrays by single rows, and rows_per_example={self.rows_per_example} of them are one example "
+                "here: give plan.batches(x, y)."
+            )
 
     @property
     def ledger(self) -> Ledger:
@@ -308,7 +337,15 @@ class PrivacyPlan:
         self._ledger.close()
 
     def _facts(self) -> dict[str, Any]:
-        fields = ("num_examples", "batch_size", "epochs", "noise_multiplier", "target_epsilon", "accumulation_steps")
+        fields = (
+            "num_examples",
+            "batch_size",
+            "epochs",
+            "noise_multiplier",
+            "target_epsilon",
+            "accumulation_steps",
+            "rows_per_example",
+        )
         return {name: getattr(self, name) for name in fields}
 
 

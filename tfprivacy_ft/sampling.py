@@ -71,6 +71,7 @@ def poisson_batches(
     sample_weight: Any = None,
     pad_to: int | None = None,
     accumulation_steps: int = 1,
+    rows_per_example: int = 1,
 ) -> tf.data.Dataset:
     """Batches for `model.fit` in which each example takes part independently with probability batch_size / n.
 
@@ -79,22 +80,24 @@ def poisson_batches(
     which the clipping engine leaves them out altogether, activity regularisers included. Every pass draws anew.
 
     Args:
-      x: array of n examples, or a tuple, list or dictionary of such arrays.
+      x: array of n examples (n * rows_per_example rows), or a tuple, list or dictionary of such arrays.
       y: labels of the same length, in one array or several.
       batch_size: the expected batch size, in (0, n].
       steps: batches in one pass (an epoch of `fit`); None for ceil(n / batch_size).
-      sample_weight: [n] weights, or None for ones.
-      pad_to: rows to pad every batch to with rows of weight 0, so that a training function compiled by XLA sees one
+      sample_weight: a weight for each row, or None for ones.
+      pad_to: examples to pad every batch to with rows of weight 0, so that a training function compiled by XLA sees one
         shape; a larger draw is padded to the next multiple, never cut.
       accumulation_steps: micro-batches that each draw comes in, all of one size, for an optimizer with the same
         `accumulation_steps`. Without `pad_to` that size is the same for nearly all draws, and larger where one needs it.
+      rows_per_example: consecutive rows that are one example, and are drawn together.
 
     Returns:
       A dataset of (x, y, sample_weight) that knows its cardinality, `steps * accumulation_steps`.
 
     Raises:
-      InvalidArgumentError: `batch_size`, `steps`, `pad_to` or `accumulation_steps` is outside its range.
-      DatasetError: there are no examples, or x, y and sample_weight differ in length.
+      InvalidArgumentError: `batch_size`, `steps`, `pad_to`, `accumulation_steps` or `rows_per_example` is outside its
+        range.
+      DatasetError: there are no examples, x, y and sample_weight differ in length, or hold a part of an example.
 
     Example:
       >>> import numpy as np
@@ -104,13 +107,16 @@ def poisson_batches(
 
     Source: Abadi et al. 2016, section 3.1 (lots); Mironov, Talwar & Zhang 2019 for the amplification that it gives.
     """
-    size = number_of_examples(x, y, sample_weight)
-    weights = np.ones(size, np.float32) if sample_weight is None else np.asarray(sample_weight, np.float32)
+    _check.positive_integer(accumulation_steps=accumulation_steps, rows_per_example=rows_per_example)
+    size = number_of_examples(x, y, sample_weight, rows_per_example=rows_per_example)
+    weights = (
+        np.ones(size * rows_per_example, np.float32) if sample_weight is None else np.asarray(sample_weight, np.float32)
+    )
     arrays = tf.nest.map_structure(np.asarray, (_structure(x), _structure(y)))
     _check.positive(batch_size=batch_size)
     _check.at_most("the number of examples", size, batch_size=batch_size)
     steps = math.ceil(size / batch_size) if steps is None else steps
-    _check.positive_integer(steps=steps, accumulation_steps=accumulation_steps)
+    _check.positive_integer(steps=steps)
     if pad_to is not None:
         _check.positive_integer(pad_to=pad_to)
     source = np.random.default_rng()  # keyed from the operating system; no global seed reaches it
@@ -120,7 +126,8 @@ def poisson_batches(
     def draw() -> Iterator[Any]:
         for _ in range(steps):
             chosen = np.flatnonzero(source.random(size) < batch_size / size)
-            rows = max(usual, _padded_size(math.ceil(len(chosen) / accumulation_steps), pad_to))
+            rows = rows_per_example * max(usual, _padded_size(math.ceil(len(chosen) / accumulation_steps), pad_to))
+            chosen = np.add.outer(chosen * rows_per_example, np.arange(rows_per_example)).reshape(-1)
             for start in range(0, accumulation_steps * rows, rows):
                 part = chosen[start : start + rows]
                 batch = tf.nest.map_structure(lambda a, c=part, r=rows: _take(a, c, r), arrays)
@@ -131,11 +138,11 @@ def poisson_batches(
     return dataset.apply(tf.data.experimental.assert_cardinality(steps * accumulation_steps)).prefetch(2)
 
 
-def number_of_examples(x: Any, y: Any, sample_weight: Any = None) -> int:
-    """The length that all arrays in x, y and sample_weight share.
+def number_of_examples(x: Any, y: Any, sample_weight: Any = None, *, rows_per_example: int = 1) -> int:
+    """The examples in arrays x, y and sample_weight of one length: that length divided by `rows_per_example`.
 
     Raises:
-      DatasetError: there are no examples, or the lengths differ.
+      DatasetError: there are no examples, a part of one, or the lengths differ.
 
     Example:
       >>> number_of_examples([[1], [2]], [0, 1])
@@ -151,7 +158,12 @@ def number_of_examples(x: Any, y: Any, sample_weight: Any = None) -> int:
     size = lengths.pop()
     if size == 0:
         raise DatasetError("x and y hold no examples: give at least one.")
-    return size
+    if size % rows_per_example:
+        raise DatasetError(
+            f"x and y hold {size} rows, which is no multiple of rows_per_example={rows_per_example}: fill every example up, "
+            "with rows of weight 0 if need be."
+        )
+    return size // rows_per_example
 
 
 def _structure(part: Any) -> Any:

@@ -174,6 +174,17 @@ def test_batches_that_nobody_vouches_for_count_each_example_in_every_micro_batch
     assert sum(e.count for e in plan.ledger.events()) == 4 == model.optimizer.privacy_steps
 
 
+def test_steps_that_nobody_announced_are_reserved_in_blocks():
+    plan = make_plan(steps_per_block=4)
+    model = planned_model(plan)
+    for _ in range(8):
+        model.train_on_batch(X[:5], Y[:5])
+    assert [(e.count, e.noise_multiplier) for e in plan.ledger.events()] == [(4, 1.0)]  # one reservation, in full
+    model.train_on_batch(X[:5], Y[:5])
+    plan.settle()
+    assert sum(e.count for e in plan.ledger.events()) == 4 == model.optimizer.privacy_steps
+
+
 def test_a_logical_batch_does_not_span_two_passes():
     plan = make_plan(accumulation_steps=4)  # 6 batches an epoch: one step, and two batches that are dropped
     model = planned_model(plan)
@@ -199,19 +210,22 @@ def test_an_interrupted_logical_batch_is_dropped():
     assert_same(trainable_values(model), after_whole_batches(start, slice(0, 20), slice(40, 60)), rtol=1e-5)
 
 
-def test_a_step_in_between_joins_no_logical_batch_and_shifts_none():
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_step_in_between_joins_no_logical_batch_and_shifts_none(times):
     plan, model = quiet_model()
     start = model.get_weights()
 
     class Sneak(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             if batch == 0:
-                self.model.train_on_batch(X[100:], Y[100:])
+                for part in [slice(100, 110), slice(110, 120)][:times]:
+                    self.model.train_on_batch(X[part], Y[part])
 
     model.fit(X[:40], Y[:40], batch_size=10, shuffle=False, callbacks=[*plan.callbacks(), Sneak()], verbose=0)
     # What was held before it is lost; the second batch of the first pair comes alone.
-    assert model.optimizer.privacy_steps == 2
-    assert_same(trainable_values(model), after_whole_batches(start, slice(10, 20), slice(20, 40)), rtol=1e-5)
+    own = [slice(100, 120)] if times == 2 else []
+    assert model.optimizer.privacy_steps == 2 + len(own)
+    assert_same(trainable_values(model), after_whole_batches(start, *own, slice(10, 20), slice(20, 40)), rtol=1e-5)
 
 
 def test_accumulated_sums_are_in_no_checkpoint(tmp_path):

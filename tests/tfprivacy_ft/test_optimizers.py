@@ -1,5 +1,6 @@
 """DP optimizers as Keras users meet them: equal to Keras without clip and noise, saved, loaded, and hard to misuse."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -131,24 +132,106 @@ def test_raw_gradients_are_refused_before_and_after_a_private_step():
         model.optimizer.apply_gradients(raw)
 
 
-def test_float16_loss_scaling_is_refused_and_bfloat16_keeps_the_clip():
+def half_model(policy):
+    """Computes in the policy's type, without a global policy: then Keras wraps no optimizer."""
+    return keras.Sequential(
+        [
+            layers.Input((6,)),
+            layers.Dense(5, "tanh", dtype=policy),
+            layers.Dense(3, dtype=policy),
+            layers.Activation("linear", dtype="float32"),
+        ]
+    )
+
+
+def moved_by(optimizer, policy, start, scale=1.0, **compile_options):
+    """What one step on the first ten examples takes from the weights."""
+    model = half_model(policy)
+    model.set_weights(start)
+
+    def loss(true, predicted):
+        return scale * keras.losses.sparse_categorical_crossentropy(true, predicted, from_logits=True)
+
+    model.compile(optimizer, loss, **compile_options)
+    model.train_on_batch(X[:10], Y[:10])
+    return [b - a for b, a in zip(start, trainable_values(model), strict=True)]
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_half_precision_steps_agree_with_float32(policy, scale):
+    start = half_model("float32").get_weights()
+    loss_scale = {"mixed_float16": 2.0**13 / scale, "mixed_bfloat16": None}[policy]
+    results = [
+        moved_by(
+            DPKerasSGDOptimizer(0.3 * scale, 0.0, None, 1.0 / scale, expected_batch_size=1, loss_scale=used),
+            kind,
+            start,
+            scale,
+        )
+        for kind, used in (("float32", None), (policy, loss_scale))
+    ]
+    assert 0.3 < global_norm(results[0]) <= 3.0
+    assert_same(results[1], results[0], rtol=0.05 if policy == "mixed_bfloat16" else 0.01)
+
+
+def test_the_clip_holds_in_float16_and_an_overflow_adds_nothing():
+    start = half_model("float32").get_weights()
+    for scale, moves in ((1e3, True), (1e12, False)):
+        optimizer = DPKerasSGDOptimizer(0.1, 0.0, None, 1.0, expected_batch_size=1, loss_scale=4.0)
+        moved = global_norm(moved_by(optimizer, "mixed_float16", start, scale))
+        assert (0.1 if moves else 0.0) <= moved <= (10 * 0.1 * (1 + 1e-4) if moves else 0.0)
+
+
+def test_loss_scale_on_the_slow_path():
+    model = keras.Sequential([layers.Input((6, 3)), layers.LSTM(4), layers.Dense(3)])
+    start, x, results = model.get_weights(), np.random.default_rng(0).normal(size=(5, 6, 3)).astype(np.float32), []
+    for loss_scale in (None, 256.0):
+        model.set_weights(start)
+        results.append(released_sum(model, LOGITS, x, Y[:5], 0.3, private={"loss_scale": loss_scale}))
+    assert_same(results[1], results[0], rtol=1e-4)
+
+
+def test_float16_without_a_scale_of_ours_is_refused():
+    model = half_model("mixed_float16")
+    model.compile(DPKerasSGDOptimizer(0.1, 0.0), LOGITS)
+    with pytest.raises(UnsupportedModelError, match=r"dense.*float16.*loss_scale=1024"):
+        model.fit(X, Y, verbose=0)
+    with pytest.raises(InvalidArgumentError, match=r"loss_scale=0\.0"):
+        DPKerasSGDOptimizer(0.1, 0.0, loss_scale=0.0)
+    with pytest.raises(InvalidArgumentError, match="use loss_scale"):
+        DPKerasSGDOptimizer(0.1, 0.0, loss_scale_factor=2.0)
+
+
+def test_a_loss_scale_optimizer_of_keras_is_refused_with_the_way_out():
     try:
-        for policy in ("mixed_float16", "mixed_bfloat16"):
-            keras.mixed_precision.set_global_policy(policy)
-            model = keras.Sequential(
-                [layers.Input((6,)), layers.Dense(5), layers.Dense(3), layers.Activation("linear", dtype="float32")]
-            )
-            model.compile(DPKerasSGDOptimizer(0.1, 0.0, None, 1.0, expected_batch_size=1), LOGITS)
-            before = trainable_values(model)
-            if policy == "mixed_float16":
-                with pytest.raises(RawGradientsError, match="LossScaleOptimizer"):
-                    model.fit(X, Y, verbose=0)
-            else:
-                model.fit(X[:1], Y[:1], verbose=0)
-                moved = global_norm([b - a for b, a in zip(before, trainable_values(model), strict=True)])
-                assert 0.05 < moved <= 0.1 * (1 + 1e-4)
+        keras.mixed_precision.set_global_policy("mixed_float16")
+        model = half_model("mixed_float16")
+        model.compile(DPKerasSGDOptimizer(0.1, 0.0, loss_scale=1024.0), LOGITS)
+        with pytest.raises(
+            RawGradientsError, match="LossScaleOptimizer.*" + ("auto_scale_loss" if IS_KERAS_3 else "dtype")
+        ):
+            model.fit(X, Y, verbose=0)
+        if IS_KERAS_3:
+            model = half_model("mixed_float16")
+            optimizer = DPKerasSGDOptimizer(0.1, 0.0, None, 1.0, expected_batch_size=1, loss_scale=1024.0)
+            model.compile(optimizer, LOGITS, auto_scale_loss=False)
+            model.fit(X, Y, verbose=0)
+            assert optimizer.privacy_steps == 2
     finally:
         keras.mixed_precision.set_global_policy("float32")
+
+
+@pytest.mark.skipif(not IS_KERAS_3, reason="Keras 2 has one backend")
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_other_backends_of_keras_are_refused_in_one_sentence(backend):
+    code = "from tfprivacy_ft import DPKerasSGDOptimizer"
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines()[-1].startswith(
+        f"tfprivacy_ft.errors.UnsupportedBackendError: Keras runs on the backend '{backend}'"
+    )
 
 
 def test_replicas_are_refused():

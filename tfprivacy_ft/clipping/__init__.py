@@ -2,5 +2,17 @@
 
 from tfprivacy_ft.clipping.engine import ClippedSum, SlowClippingWarning, clipped_sum
 from tfprivacy_ft.clipping.rules import Automatic, ClippingRule, Flat, PerLayer
+from tfprivacy_ft.clipping.self_check import ClippingCheck, VariableCheck, check
 
-__all__ = ["Automatic", "ClippedSum", "ClippingRule", "Flat", "PerLayer", "SlowClippingWarning", "clipped_sum"]
+__all__ = [
+    "Automatic",
+    "ClippedSum",
+    "ClippingCheck",
+    "ClippingRule",
+    "Flat",
+    "PerLayer",
+    "SlowClippingWarning",
+    "VariableCheck",
+    "check",
+    "clipped_sum",
+]

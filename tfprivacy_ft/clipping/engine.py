@@ -44,6 +44,7 @@ class ClippedSum:
       sums: float32, one tensor of each variable's shape.
       data_independent: gradients of regularisers, of the variables' shapes, or None; not clipped and needing no noise.
       norms: float32 [B], each example's gradient norm before the clip; private, not to be released.
+      real: bool [B], False for what a sampler made to fill the batch.
       batch_size: int32 scalar, examples in this batch.
       rules: for each variable the rules that found its gradients; `None` where examples were taken one by one.
     """
@@ -51,6 +52,7 @@ class ClippedSum:
     sums: list[tf.Tensor]
     data_independent: list[tf.Tensor | None]
     norms: tf.Tensor
+    real: tf.Tensor
     batch_size: tf.Tensor
     rules: list[tuple[str, ...]] | None
 
@@ -61,6 +63,10 @@ def clipped_sum(
     variables: list[tf.Variable],
     l2_norm_clip: tf.Tensor | float,
     rule: ClippingRule | None = None,
+    *,
+    rows_per_example: int = 1,
+    loss_scale: float | None = None,
+    one_by_one_only: bool = False,
 ) -> ClippedSum:
     """Sum over examples of the gradient of each example's loss, clipped to norm `l2_norm_clip`.
 
@@ -69,12 +75,17 @@ def clipped_sum(
       variables: the trainable variables.
       l2_norm_clip: scalar, > 0; the bound on the norm over all variables together.
       rule: how gradients are shortened to that; None for `Flat()`.
+      rows_per_example: consecutive rows of the batch that are one example; its loss is the one Keras gives them together.
+      loss_scale: what the loss is multiplied by while it is differentiated, and gradients divided by; for float16. An
+        example whose scaled gradient overflows is left out.
+      one_by_one_only: whether to use no fast rule, to compare them with.
 
     Returns:
       A `ClippedSum`.
 
     Raises:
-      UnsupportedModelError: examples see each other (BatchNormalization in training mode), or the loss is eager.
+      UnsupportedModelError: examples see each other (BatchNormalization in training mode), the loss is eager, or it is
+        computed in float16 without `loss_scale`.
 
     Source: Abadi et al. 2016, Algorithm 1; Lee & Kifer 2021 and Bu et al. 2023 for clipping without per-example loops.
     """
@@ -83,9 +94,12 @@ def clipped_sum(
             "the loss is an eager tensor, whose examples cannot be told apart: compile without run_eagerly=True."
         )
     data = graphs.data_tensors(loss)
-    layouts = Layouts(loss, data)
+    if loss_scale is None:
+        _refuse_float16(loss)
+    loss_scale = loss_scale or 1.0
+    batch_size = _count_examples(data[0], rows_per_example)
+    layouts = Layouts(loss, data, rows_per_example)
     terms = find_terms(loss, layouts)
-    batch_size = tf.shape(data[0])[0]
     independent = _gradients_of(loss, terms.data_independent, variables)
     clip = tf.cast(l2_norm_clip, tf.float32)
     layers = [keras_compat.layer_path(v) for v in variables]
@@ -93,27 +107,29 @@ def clipped_sum(
     def weigh(squared_norms: list[tf.Tensor]) -> list[tf.Tensor]:
         return weights_of(rule or Flat(), squared_norms, layers, clip)
 
-    shares = find_shares(loss, terms, layouts, data) if terms.per_example else None
+    shares = find_shares(loss, terms, layouts, data, batch_size) if terms.per_example else None
     _refuse_batch_in_state(loss, data)
-    matched, reason = _match(loss, variables, shares, layouts)
+    real = one_by_one.real_examples(loss, batch_size)
+    matched, reason = (None, None) if one_by_one_only else _match(loss, variables, shares, layouts)
     rules = None
     if matched is None or shares is None:
         _refuse_coupling(loss, variables, layouts)
         suspect = reason or layouts.first_unknown or layouts.first_coupling
-        if data[0].shape[0] != 1:  # one example is as fast one by one
+        if data[0].shape[0] != rows_per_example:  # one example is as fast one by one
             _warn_slow(suspect)
         terms = find_terms(loss, layouts, one_by_one=True)
-        shares = find_shares(loss, terms, layouts, data) if terms.per_example else None
+        shares = find_shares(loss, terms, layouts, data, batch_size) if terms.per_example else None
         objective = one_by_one.Objective(loss, shares, terms.data_independent)
+        coupled = str(_coupled(layouts.first_unknown or suspect or loss.op))
         sums, norms = one_by_one.clipped_sum(
-            objective, variables, weigh, data, layouts, str(_coupled(layouts.first_unknown or suspect or loss.op))
+            objective, variables, weigh, data, layouts, coupled, batch_size, loss_scale
         )
     else:
         rules = [tuple(type(site).__name__.removesuffix("Site") for _, site in sites) for sites in matched]
-        real = one_by_one.real_rows(loss, batch_size)
-        contributions = _contributions(matched, shares, batch_size)
-        sums, norms = _clip_and_sum(contributions, variables, weigh, real)
-    return ClippedSum(sums, independent, norms, batch_size, rules)
+        scaled = [dataclasses.replace(s, row=s.row * tf.cast(loss_scale, s.row.dtype)) for s in shares]
+        contributions = _contributions(matched, scaled, batch_size)
+        sums, norms = _clip_and_sum(contributions, variables, weigh, real, loss_scale)
+    return ClippedSum(sums, independent, norms, real, batch_size, rules)
 
 
 _Matched = list[list[tuple[Use, UseSite]]]
@@ -161,13 +177,17 @@ def _contributions(matched: _Matched, shares: list[Share], batch_size: tf.Tensor
 
 
 def _clip_and_sum(
-    contributions: list[Contribution | None], variables: list[tf.Variable], weigh: one_by_one.Weigh, real: tf.Tensor
+    contributions: list[Contribution | None],
+    variables: list[tf.Variable],
+    weigh: one_by_one.Weigh,
+    real: tf.Tensor,
+    loss_scale: float,
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
     none = tf.zeros(tf.shape(real))
-    squares = [none if c is None else c.squared_norms() for c in contributions]
+    squares = [none if c is None else c.squared_norms() / loss_scale**2 for c in contributions]
     norms = tf.sqrt(tf.add_n(squares)) if squares else none
     finite = tf.math.is_finite(norms)
-    weights = [tf.where(finite & real, w, 0.0) for w in weigh(squares)] if squares else []
+    weights = [tf.where(finite & real, w / loss_scale, 0.0) for w in weigh(squares)] if squares else []
     used = [(c, w) for c, w in zip(contributions, weights, strict=True) if c is not None]
     # Zero times NaN is NaN, so bad rows are blanked; that costs a copy, and is done only where there are any.
     sums = iter(
@@ -183,6 +203,34 @@ def _clip_and_sum(
         tf.zeros(v.shape) if c is None else tf.ensure_shape(next(sums), v.shape)
         for c, v in zip(contributions, variables, strict=True)
     ], norms
+
+
+def _count_examples(batch: tf.Tensor, rows_per_example: int) -> tf.Tensor:
+    """Examples in a batch; fails where its rows are no multiple of `rows_per_example`, and nothing is computed then."""
+    rows = tf.shape(batch)[0]
+    if rows_per_example == 1:
+        return rows
+    sentence = (
+        f"a batch has to hold rows_per_example={rows_per_example} rows for each example, and no part of one more."
+    )
+    if batch.shape[0] is not None and batch.shape[0] % rows_per_example:
+        raise UnsupportedModelError(f"the batch has {batch.shape[0]} rows: {sentence}")
+    whole = tf.debugging.assert_equal(rows % rows_per_example, 0, message=sentence)
+    with tf.control_dependencies([] if whole is None else [whole]):
+        return rows // rows_per_example
+
+
+def _refuse_float16(loss: tf.Tensor) -> None:
+    """Refuses models that compute in float16, where small gradients become zero before they can be measured."""
+    made_of_variables: set[int] = set()
+    for op in graphs.ancestors([loss]):
+        if op.type in ("ReadVariableOp", "ResourceGather") or any(id(t) in made_of_variables for t in op.inputs):
+            made_of_variables.update(id(t) for t in op.outputs)
+            if any(t.dtype == tf.float16 for t in op.outputs):
+                raise UnsupportedModelError(
+                    f"layer {graphs.layer_of(op)!r} computes in float16, where small gradients become zero: give the "
+                    "optimizer loss_scale=1024.0, or another power of two, or use mixed_bfloat16."
+                )
 
 
 def _gradients_of(loss: tf.Tensor, terms: list[tf.Tensor], variables: list[tf.Variable]) -> list[tf.Tensor | None]:

@@ -118,18 +118,20 @@ class Layouts:
     Args:
       loss: the scalar loss, inside the graph of a training step.
       data: the tensors that hold the step's batch, batch first.
+      rows_per_example: consecutive rows of the data that are one example.
     """
 
-    def __init__(self, loss: tf.Tensor, data: list[tf.Tensor]):
+    def __init__(self, loss: tf.Tensor, data: list[tf.Tensor], rows_per_example: int = 1):
         # A trace for one example is looked at with many, too: where nothing is wider than 1, no axis can be followed.
-        self.batch_is_static = all(t.shape[0] not in (None, 1) for t in data)
-        batches = (data[0].shape[0],) if self.batch_is_static else _BATCHES
+        self.rows_per_example = rows_per_example
+        self.batch_is_static = all(t.shape[0] not in (None, rows_per_example) for t in data)
+        batches = (data[0].shape[0] // rows_per_example,) if self.batch_is_static else _BATCHES
         self.batch = batches[0]
         lengths_are_known = all(t.shape[1:].is_fully_defined() for t in data)
         sizes = [(batch, _LENGTHS[0]) for batch in batches] + [
             (self.batch, n) for n in _LENGTHS[1:] if not lengths_are_known
         ]
-        looks = [_Look(loss, data, batch, self.batch_is_static, length) for batch, length in sizes]
+        looks = [_Look(loss, data, batch, self.batch_is_static, length, rows_per_example) for batch, length in sizes]
         first = looks[0]
         self._shapes = first.shapes
         self._layouts = dict(first.layouts)
@@ -169,10 +171,12 @@ def _agreed(one: Layout, other: Layout) -> Layout:
 class _Look:
     """One walk over the ops of a loss, with every dimension a number."""
 
-    def __init__(self, loss: tf.Tensor, data: list[tf.Tensor], batch: int, batch_is_static: bool, length: int):
-        self.layouts: dict[int, Layout] = {id(t): Rows(0) for t in data}
+    def __init__(
+        self, loss: tf.Tensor, data: list[tf.Tensor], batch: int, batch_is_static: bool, length: int, fold: int
+    ):
+        self.layouts: dict[int, Layout] = {id(t): Rows(0, fold) for t in data}
         self.batch, self._batch_is_static, self.length = batch, batch_is_static, length
-        self.shapes = _shapes(loss, data, batch, length)
+        self.shapes = _shapes(loss, data, batch * fold, length)
         self.first_coupling: tf.Operation | None = None
         self.first_unknown: tf.Operation | None = None
         for op in graphs.ancestors([loss], stop=data):
@@ -603,7 +607,7 @@ def _sliced_axes(op: tf.Operation, rank: int, strides: list[int]) -> list[int | 
 
 
 def _shapes(loss: tf.Tensor, data: list[tf.Tensor], batch: int, length: int) -> dict[int, list[int]]:
-    """Every tensor's full shape for a batch of `batch` examples, from a second trace with all dimensions known."""
+    """Every tensor's full shape for a batch of `batch` rows, from a second trace with all dimensions known."""
     scratch = tf.__internal__.FuncGraph("shapes")
     with scratch.as_default():
         feed = []

@@ -52,6 +52,8 @@ def clipped_sum(
     data: list[tf.Tensor],
     layouts: Layouts,
     coupled: str,
+    batch_size: tf.Tensor,
+    loss_scale: float = 1.0,
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
     """Sum over examples of clipped gradients of the loss that Keras gives each example alone.
 
@@ -62,24 +64,25 @@ def clipped_sum(
       data: the tensors that hold the batch.
       layouts: the layouts of the trace.
       coupled: the sentence to fail with when run, where the examples of a batch turn out to see each other.
+      batch_size: int32 scalar, examples in the batch.
+      loss_scale: what the loss is multiplied by while it is differentiated.
 
     Returns:
       Float32 sums of the variables' shapes, and the norms before the clip, [B].
     """
     draws = _random_draws(objective.loss, data, layouts)
-    batch_size = tf.shape(data[0])[0]
     by_row = list(data) + [t for t in draws if layouts.has_rows(t)]
     shared = [t for t in draws if not layouts.has_rows(t)]  # one draw for all examples
     rows = tuple(split_rows(t, batch_size) for t in by_row)
     # Where the trace has the batch's size written into it, a batch is made of copies of the example.
     copies = layouts.batch if layouts.batch_is_static else 1
 
-    real = real_rows(objective.loss, batch_size)
+    real = real_examples(objective.loss, batch_size)
     allowed = [*rows, *shared, real, batch_size, *(share.row for share in objective.shares or [])]
 
     def body(index, total, norms, losses):
         example = [(t, tf.gather(r, index)) for t, r in zip(by_row, rows, strict=True)]
-        grads, alone = _gradient_of_one(objective, variables, example, shared, copies)
+        grads, alone = _gradient_of_one(objective, variables, example, shared, copies, loss_scale)
         check_isolated(tf.compat.v1.get_default_graph(), data, allowed)
         squares = [tf.reduce_sum(tf.square(g)) for g in grads]
         norm = tf.sqrt(tf.add_n(squares))
@@ -99,7 +102,9 @@ def clipped_sum(
         return [tf.identity(t) for t in total], norms.stack()
 
 
-def _gradient_of_one(objective, variables, example, shared, copies: int) -> tuple[list[tf.Tensor], tf.Tensor]:
+def _gradient_of_one(
+    objective, variables, example, shared, copies: int, loss_scale: float
+) -> tuple[list[tf.Tensor], tf.Tensor]:
     """Float32 gradients of the loss of one example, and that loss, inside the loop body that is being built."""
     body, loss = tf.compat.v1.get_default_graph(), objective.loss
     feed = [(t, tf.tile(row, [copies] + [1] * (row.shape.rank - 1))) for t, row in example]
@@ -107,19 +112,21 @@ def _gradient_of_one(objective, variables, example, shared, copies: int) -> tupl
     feed += [(inner, body.capture(inner)) for _, inner in loss.graph.captures]
     alone = objective.of_one(feed, copies, body)
     handles = [body.capture(loss.graph.capture(v.handle)) for v in variables]
-    gradients = tf.gradients(alone, handles)
+    gradients = tf.gradients(alone, handles, grad_ys=tf.constant(loss_scale, alone.dtype))
     return [
-        tf.zeros(v.shape) if g is None else tf.ensure_shape(tf.cast(tf.convert_to_tensor(g), tf.float32), v.shape)
+        tf.zeros(v.shape)
+        if g is None
+        else tf.ensure_shape(tf.cast(tf.convert_to_tensor(g), tf.float32) / loss_scale, v.shape)
         for g, v in zip(gradients, variables, strict=True)
     ], alone
 
 
-def real_rows(loss: tf.Tensor, batch_size: tf.Tensor) -> tf.Tensor:
-    """[B] bool: False for rows that a sampler made to fill a batch, which it marks by a weight of minus zero."""
+def real_examples(loss: tf.Tensor, batch_size: tf.Tensor) -> tf.Tensor:
+    """[B] bool: False for what a sampler made to fill a batch, whose rows it marks by a weight of minus zero."""
     weights = graphs.padding_weights(loss)
     if weights is None:
         return tf.fill([batch_size], True)
-    return tf.bitcast(weights, tf.int32) != tf.int32.min
+    return tf.reduce_any(split_rows(tf.bitcast(weights, tf.int32) != tf.int32.min, batch_size), 1)
 
 
 def check_isolated(body, data: list[tf.Tensor], allowed: list[tf.Tensor]) -> None:

@@ -10,8 +10,8 @@ import tensorflow as tf
 def per_example_gradients(
     model: Any,
     loss: Callable[..., tf.Tensor],
-    x: np.ndarray,
-    y: np.ndarray,
+    x: Any,
+    y: Any,
     sample_weight: np.ndarray | None = None,
 ) -> list[list[np.ndarray]]:
     """Each example's gradients, from a batch that holds that example alone.
@@ -19,18 +19,18 @@ def per_example_gradients(
     Args:
       model: a Keras model; called with `training=True`, so it should draw nothing at random.
       loss: a Keras loss object, reducing to a scalar.
-      x: inputs, examples first.
-      y: labels, examples first.
+      x: inputs, examples first: an array or a structure of arrays.
+      y: labels, examples first, likewise.
       sample_weight: [n] weights, or None.
 
     Returns:
       For each example a list of float64 arrays, one for each trainable variable.
     """
     result = []
-    for i in range(len(x)):
+    for i in range(len(tf.nest.flatten(x)[0])):
         weight = {} if sample_weight is None else {"sample_weight": sample_weight[i : i + 1]}
         with tf.GradientTape() as tape:
-            value = loss(y[i : i + 1], model(x[i : i + 1], training=True), **weight)
+            value = loss(row(y, i), model(row(x, i), training=True), **weight)
         gradients = tape.gradient(value, model.trainable_variables)
         result.append(
             [
@@ -39,6 +39,11 @@ def per_example_gradients(
             ]
         )
     return result
+
+
+def row(part: Any, index: int) -> Any:
+    """The batch that holds one example alone."""
+    return tf.nest.map_structure(lambda a: a[index : index + 1], part)
 
 
 def norm(gradients: Sequence[np.ndarray]) -> float:

@@ -79,7 +79,7 @@ def check(rule: Any, l2_norm_clip: float | None) -> float:
     """
     if not isinstance(rule, ClippingRule):
         raise InvalidArgumentError(
-            f"clipping={rule!r} is not a clipping rule: give Flat(), PerLayer(), Automatic() or another ClippingRule."
+            f"clipping={rule!r} is not a clipping rule: give Flat(), PerLayer(), Automatic(), Adaptive() or another ClippingRule."
         )
     if l2_norm_clip is None and rule.total is not None:
         return rule.total

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tfprivacy_ft import _check, keras_compat
 from tfprivacy_ft.clipping import graph as graphs
-from tfprivacy_ft.clipping import one_by_one, reference
+from tfprivacy_ft.clipping import reference
 from tfprivacy_ft.clipping.engine import ClippedSum, SlowClippingWarning, clipped_sum
 from tfprivacy_ft.errors import InvalidArgumentError
 
@@ -83,7 +83,9 @@ class ClippingCheck:
         )
 
 
-def check(model: Any, x: Any, y: Any, loss: Any, *, l2_norm_clip: float | None = None, examples: int = 8) -> ClippingCheck:
+def check(
+    model: Any, x: Any, y: Any, loss: Any, *, l2_norm_clip: float | None = None, examples: int = 8
+) -> ClippingCheck:
     """Holds the clipping engine against a loop over examples, on this model, these data and this loss.
 
     Args:
@@ -119,15 +121,17 @@ def check(model: Any, x: Any, y: Any, loss: Any, *, l2_norm_clip: float | None =
     clip = float(np.median(found.norms)) if l2_norm_clip is None else float(l2_norm_clip)
     clip = clip if clip > 0 and math.isfinite(clip) else 1.0
     found = engine.run(x, y, clip)
-    loop = found.loop if engine.draws else _loop(model, engine.loss, x, y, clip)
+    loop = found.loop if engine.draws else _loop(model, engine.loss, x, y, clip, found.independent)
     tolerance = _TOLERANCE_HALF if engine.is_half else _TOLERANCE
     scale = max((float(np.abs(s).max(initial=0.0)) for s in loop), default=0.0) or 1.0
     lines = []
     for variable, rule, mine, theirs in zip(model.trainable_variables, engine.rules, found.sums, loop, strict=True):
         difference = float(np.abs(mine - theirs).max(initial=0.0)) / scale
-        lines.append(VariableCheck(keras_compat.path_of(variable), rule, rule != _SLOW, difference))
-    alone = [reference.norm(engine.run(_row(x, i), _row(y, i), clip).sums) / clip for i in range(len(found.norms))]
-    return ClippingCheck(tuple(lines), max(alone), None if engine.draws else _crosstalk(engine, found.norms, x, y, clip), tolerance)
+        lines.append(VariableCheck(keras_compat.name_of(variable), rule, rule != _SLOW, difference))
+    rows = [(reference.row(x, i), reference.row(y, i)) for i in range(len(found.norms))]
+    longest = max(reference.norm(engine.run(*row, clip).sums) / clip for row in rows)
+    crosstalk = None if engine.draws else _crosstalk(engine, found.norms, x, y, clip)
+    return ClippingCheck(tuple(lines), longest, crosstalk, tolerance)
 
 
 _SLOW = "one by one"
@@ -137,6 +141,7 @@ _SLOW = "one by one"
 class _Found:
     sums: list[np.ndarray]
     loop: list[np.ndarray]
+    independent: list[np.ndarray]
     norms: np.ndarray
 
 
@@ -153,22 +158,23 @@ class _Engine:
     def run(self, x: Any, y: Any, clip: float) -> _Found:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SlowClippingWarning)  # the table says which
-            sums, loop, norms = self._step(x, y, tf.constant(clip))
-        return _Found([np.asarray(s, np.float64) for s in sums], [np.asarray(s, np.float64) for s in loop], norms.numpy())
+            *parts, norms = self._step(x, y, tf.constant(clip))
+        sums, loop, independent = ([np.asarray(t, np.float64) for t in part] for part in parts)
+        return _Found(sums, loop, independent, norms.numpy())
 
     def _traced(self, x: Any, y: Any, clip: tf.Tensor):
-        loss = self.loss(y, self._model(x, training=True))
-        losses = list(self._model.losses)
-        loss = tf.add_n([loss, *(tf.cast(extra, loss.dtype) for extra in losses)]) if losses else loss
+        loss = _total(self.loss(y, self._model(x, training=True)), self._model)
         behind = graphs.ancestors([loss])
         self.draws = any(graphs.is_random(op) or graphs.draws_inside(op) for op in behind)
         self.is_half = any(t.dtype in (tf.bfloat16, tf.float16) for op in behind for t in op.outputs)
         found: ClippedSum = clipped_sum(loss, self._variables, clip)
         named = found.rules or [(_SLOW,)] * len(self._variables)
         self.rules = [" and ".join(dict.fromkeys(names)) or "not used" for names in named]
-        draws_only = any(graphs.is_random(op) for op in behind)
-        loop = clipped_sum(loss, self._variables, clip, one_example_at_a_time=True).sums if draws_only else found.sums
-        return found.sums, loop, found.norms
+        # A second run of the model would draw anew, so that the loop has to be over this one's ops.
+        loop = clipped_sum(loss, self._variables, clip, one_by_one_only=True).sums if self.draws else found.sums
+        pairs = zip(found.data_independent, self._variables, strict=True)
+        independent = [tf.zeros(v.shape) if g is None else g for g, v in pairs]
+        return found.sums, loop, independent, found.norms
 
 
 def _scalar(loss: Any) -> Any:
@@ -180,13 +186,20 @@ def _scalar(loss: Any) -> Any:
     return scalar
 
 
-def _loop(model: Any, loss: Any, x: Any, y: Any, clip: float) -> list[np.ndarray]:
+def _loop(model: Any, loss: Any, x: Any, y: Any, clip: float, independent: list[np.ndarray]) -> list[np.ndarray]:
+    """The clipped sum by its definition; regularisers that no data reach are outside of the clip."""
+
     def with_losses(labels: Any, outputs: Any) -> tf.Tensor:
-        value = loss(labels, outputs)
-        return tf.add_n([value, *(tf.cast(extra, value.dtype) for extra in model.losses)]) if model.losses else value
+        return _total(loss(labels, outputs), model)
 
     each = reference.per_example_gradients(model, with_losses, x, y)
-    return [np.asarray(s) for s in reference.clipped_sum(each, clip)]
+    own = [[g - i for g, i in zip(gradients, independent, strict=True)] for gradients in each]
+    return [np.asarray(s) for s in reference.clipped_sum(own, clip)]
+
+
+def _total(value: tf.Tensor, model: Any) -> tf.Tensor:
+    """The loss with what layers add to it."""
+    return tf.add_n([value, *(tf.cast(extra, value.dtype) for extra in model.losses)])
 
 
 def _crosstalk(engine: _Engine, norms: np.ndarray, x: Any, y: Any, clip: float) -> float:
@@ -198,7 +211,3 @@ def _crosstalk(engine: _Engine, norms: np.ndarray, x: Any, y: Any, clip: float) 
     moved = engine.run(tf.nest.map_structure(exchanged, x), tf.nest.map_structure(exchanged, y), clip).norms
     largest = float(np.max(norms[1:], initial=0.0)) or 1.0
     return float(np.max(np.abs(moved[1:] - norms[1:]), initial=0.0)) / largest
-
-
-def _row(part: Any, index: int) -> Any:
-    return tf.nest.map_structure(lambda a: a[index : index + 1], part)

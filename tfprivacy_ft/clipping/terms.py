@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tfprivacy_ft.clipping import graph as graphs
 from tfprivacy_ft.clipping.layout import FREE, SIZE, Layouts, Rows
+from tfprivacy_ft.clipping.sites import split_rows
 
 _LINEAR = frozenset(
     """Identity Cast Neg Add AddV2 AddN Sub Sum Mean Pack Reshape Squeeze ExpandDims StopGradient""".split()
@@ -148,7 +149,9 @@ class Share:
         return tf.tile(self.row, tf.concat([[examples], tf.ones([self.term.shape.rank - 1], tf.int32)], 0))
 
 
-def find_shares(loss: tf.Tensor, terms: Terms, layouts: Layouts, data: list[tf.Tensor]) -> list[Share]:
+def find_shares(
+    loss: tf.Tensor, terms: Terms, layouts: Layouts, data: list[tf.Tensor], batch_size: tf.Tensor
+) -> list[Share]:
     """The share of one example in the loss of that example alone, for each term that reaches the loss.
 
     The tail of the loss, from the terms on, is replayed for a batch of one. It is linear in the terms with factors that
@@ -160,11 +163,12 @@ def find_shares(loss: tf.Tensor, terms: Terms, layouts: Layouts, data: list[tf.T
       terms: what `find_terms` gave, with per-example terms.
       layouts: the layouts of the trace.
       data: the tensors that hold the batch.
+      batch_size: scalar int32, examples in this batch.
     """
     parts = terms.per_example or []
-    batch_size = tf.shape(data[0])[0]
     feed = [(t, _of_one_example(t, layouts, batch_size)) for t in parts]
-    counts = {layouts.batch} | {math.prod(layouts.shape(t) or [0]) for t in parts}
+    rows = layouts.batch * layouts.rows_per_example
+    counts = {rows} | {math.prod(layouts.shape(t) or [0]) for t in parts}
     used: list[tf.Tensor] = []
     for op in graphs.ancestors([loss], stop=[*parts, *data]):
         if op.type in graphs.SHAPE_OPS and op.type != "Rank" and isinstance(layouts.of(op.inputs[0]), Rows):
@@ -172,24 +176,22 @@ def find_shares(loss: tf.Tensor, terms: Terms, layouts: Layouts, data: list[tf.T
         elif op.type in ("Placeholder", "ReadVariableOp") or graphs.is_random(op):
             feed.extend((out, out) for out in op.outputs)
         elif op.type == "Const" and layouts.batch_is_static:
-            feed.append((op.outputs[0], _constant_alone(op.outputs[0], layouts.batch, counts)))
+            feed.append((op.outputs[0], _constant_alone(op.outputs[0], layouts.batch, rows, counts)))
         used.extend(op.inputs)
     if not terms.weighed_by_data:
         feed += [(t, t) for t in data]
-        rows = _shares_of(loss, feed, parts)
-        return [Share(t, row) for t, row in zip(parts, rows, strict=True) if row is not None]
+        alone = _shares_of(loss, feed, parts)
+        return [Share(t, row) for t, row in zip(parts, alone, strict=True) if row is not None]
     weights = [t for t in data if any(t is other for other in used)]
 
     def of_one(examples: list[tf.Tensor]) -> list[tf.Tensor]:
         body = tf.compat.v1.get_default_graph()
-        inside = [(old, body.capture(new)) for old, new in feed] + [
-            (t, row[None]) for t, row in zip(weights, examples, strict=True)
-        ]
+        inside = [(old, body.capture(new)) for old, new in feed] + list(zip(weights, examples, strict=True))
         given = _shares_of(loss, inside, parts, body)
         return [tf.zeros_like(zero) if row is None else row for row, (_, zero) in zip(given, inside, strict=False)]
 
-    rows = tf.vectorized_map(of_one, weights)
-    return [Share(t, row, differs=True) for t, row in zip(parts, rows, strict=True)]
+    each = tf.vectorized_map(of_one, [split_rows(t, batch_size) for t in weights])
+    return [Share(t, row, differs=True) for t, row in zip(parts, each, strict=True)]
 
 
 def _shares_of(
@@ -220,7 +222,7 @@ def _size_alone(op: tf.Operation, out: tf.Tensor, layouts: Layouts, batch_size: 
     return tf.concat([out[:axis], out[axis : axis + 1] // batch, out[axis + 1 :]], 0)
 
 
-def _constant_alone(constant: tf.Tensor, batch: int, counts: set[int]) -> tf.Tensor:
+def _constant_alone(constant: tf.Tensor, batch: int, rows: int, counts: set[int]) -> tf.Tensor:
     """What an integer constant would be in a batch of one, where the trace has sizes of the batch written into it.
 
     Taking another constant for a size would scale every example's loss alike: another clip than meant, never a wrong
@@ -231,6 +233,6 @@ def _constant_alone(constant: tf.Tensor, batch: int, counts: set[int]) -> tf.Ten
         return constant
     if value.ndim == 0 and int(value) in counts:
         return tf.constant(int(value) // batch, constant.dtype)
-    if value.ndim == 1 and value.size and value[0] == batch:
-        return tf.constant([1, *value[1:]], constant.dtype)
+    if value.ndim == 1 and value.size and value[0] == rows:
+        return tf.constant([rows // batch, *value[1:]], constant.dtype)
     return constant
