@@ -69,8 +69,9 @@ class Mechanism:
         stddev = self.l2_norm_clip * self.noise_multiplier
         result = []
         for total, regular, variable in zip(clipped.sums, clipped.data_independent, variables, strict=True):
-            noisy = total + self.noise.like(total, stddev) if stddev else total
-            gradient = tf.cast(tf.where(self._allowed, noisy, 0.0) / denominator, variable.dtype)
+            noisy = total + tf.cast(self.noise.like(total, stddev), total.dtype) if stddev else total
+            mean = tf.where(self._allowed, noisy, 0.0) / tf.cast(denominator, total.dtype)
+            gradient = tf.cast(mean, variable.dtype)
             result.append(gradient if regular is None else gradient + tf.cast(regular, variable.dtype))
         return result
 

@@ -21,7 +21,7 @@ from tfprivacy_ft.clipping.convolution import ConvolutionSite
 from tfprivacy_ft.clipping.embedding import EmbeddingSite
 from tfprivacy_ft.clipping.layout import COUPLED, Layouts
 from tfprivacy_ft.clipping.products import ProductSite
-from tfprivacy_ft.clipping.sites import Contribution, UseSite
+from tfprivacy_ft.clipping.sites import Contribution, UseSite, precision
 from tfprivacy_ft.clipping.terms import Share, find_shares, find_terms
 from tfprivacy_ft.clipping.weights import Use, find_uses, pulled_back
 from tfprivacy_ft.errors import UnsupportedModelError
@@ -40,9 +40,9 @@ class ClippedSum:
     """A sum over examples in which each has sensitivity `l2_norm_clip` (add or remove one, or zero one out).
 
     Args:
-      sums: float32, one tensor of each variable's shape.
+      sums: float32, or float64 for float64 variables; one tensor of each variable's shape.
       data_independent: gradients of regularisers, of the variables' shapes, or None; not clipped and needing no noise.
-      norms: float32 [B], each example's gradient norm before the clip; private, not to be released.
+      norms: float32 or float64 [B], each example's gradient norm before the clip; private, not to be released.
       batch_size: int32 scalar, examples in this batch.
     """
 
@@ -77,7 +77,7 @@ def clipped_sum(loss: tf.Tensor, variables: list[tf.Variable], l2_norm_clip) -> 
     terms = find_terms(loss, layouts)
     batch_size = tf.shape(data[0])[0]
     independent = _gradients_of(loss, terms.data_independent, variables)
-    clip = tf.cast(l2_norm_clip, tf.float32)
+    clip = tf.cast(l2_norm_clip, precision(variables))
 
     shares = find_shares(loss, terms, layouts, data) if terms.per_example else None
     _refuse_batch_in_state(loss, data)
@@ -136,10 +136,10 @@ def _clip_and_sum(
     contributions: list[Contribution | None], variables: list[tf.Variable], clip: tf.Tensor, real: tf.Tensor
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
     used = [c for c in contributions if c is not None]
-    squares = [c.squared_norms() for c in used]
-    norms = tf.sqrt(tf.add_n(squares)) if squares else tf.zeros(tf.shape(real))
+    squares = [tf.cast(c.squared_norms(), clip.dtype) for c in used]
+    norms = tf.sqrt(tf.add_n(squares)) if squares else tf.zeros(tf.shape(real), clip.dtype)
     finite = tf.math.is_finite(norms)
-    weights = tf.where(finite & real, tf.minimum(1.0, clip / tf.maximum(norms, 1e-30)), 0.0)
+    weights = tf.where(finite & real, tf.minimum(clip / tf.maximum(norms, 1e-30), 1.0), 0.0)
     # Zero times NaN is NaN, so bad rows are blanked; that costs a copy, and is done only where there are any.
     sums = iter(
         tf.cond(
@@ -151,7 +151,7 @@ def _clip_and_sum(
         else []
     )
     return [
-        tf.zeros(v.shape) if c is None else tf.ensure_shape(next(sums), v.shape)
+        tf.zeros(v.shape, precision([v])) if c is None else tf.ensure_shape(next(sums), v.shape)
         for c, v in zip(contributions, variables, strict=True)
     ], norms
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tfprivacy_ft.clipping import graph as graphs
 from tfprivacy_ft.clipping.layout import FREE, SIZE, Layouts
-from tfprivacy_ft.clipping.sites import split_rows
+from tfprivacy_ft.clipping.sites import precision, split_rows, widened
 from tfprivacy_ft.clipping.terms import Share
 from tfprivacy_ft.errors import UnsupportedModelError
 
@@ -49,12 +49,12 @@ def clipped_sum(
     Args:
       objective: what to differentiate.
       variables: what to differentiate for.
-      l2_norm_clip: scalar float32.
+      l2_norm_clip: scalar, of the precision of the variables.
       data: the tensors that hold the batch.
       layouts: the layouts of the trace.
 
     Returns:
-      Float32 sums of the variables' shapes, and the norms before the clip, [B].
+      Sums of the variables' shapes, float32 or float64, and the norms before the clip, [B].
     """
     draws = _random_draws(objective.loss, data, layouts)
     batch_size = tf.shape(data[0])[0]
@@ -71,13 +71,14 @@ def clipped_sum(
         example = [(t, tf.gather(r, index)) for t, r in zip(by_row, rows, strict=True)]
         grads = _gradient_of_one(objective, variables, example, shared, copies)
         check_isolated(tf.compat.v1.get_default_graph(), data, allowed)
-        norm = tf.linalg.global_norm(grads)
+        norm = tf.linalg.global_norm([tf.cast(g, l2_norm_clip.dtype) for g in grads])
         good = tf.math.is_finite(norm) & tf.gather(real, index)
-        scale = tf.where(good, tf.minimum(1.0, l2_norm_clip / tf.maximum(norm, 1e-30)), 0.0)
-        total = [t + tf.where(scale > 0, scale * g, 0.0) for t, g in zip(total, grads, strict=True)]
+        scale = tf.where(good, tf.minimum(l2_norm_clip / tf.maximum(norm, 1e-30), 1.0), 0.0)
+        total = [t + tf.where(scale > 0, tf.cast(scale, g.dtype) * g, 0.0) for t, g in zip(total, grads, strict=True)]
         return index + 1, total, norms.write(index, norm)
 
-    start = (0, [tf.zeros(v.shape) for v in variables], tf.TensorArray(tf.float32, batch_size, element_shape=[]))
+    zeros = [tf.zeros(v.shape, precision([v])) for v in variables]
+    start = (0, zeros, tf.TensorArray(l2_norm_clip.dtype, batch_size, element_shape=[]))
     _, total, norms = tf.while_loop(
         lambda index, *_: index < batch_size, body, start, maximum_iterations=batch_size, parallel_iterations=1
     )
@@ -85,7 +86,7 @@ def clipped_sum(
 
 
 def _gradient_of_one(objective, variables, example, shared, copies: int) -> list[tf.Tensor]:
-    """Float32 gradients of the loss of one example, inside the loop body that is being built."""
+    """Gradients of the loss of one example, float32 or float64, inside the loop body that is being built."""
     body, loss = tf.compat.v1.get_default_graph(), objective.loss
     feed = [(t, tf.tile(row, [copies] + [1] * (row.shape.rank - 1))) for t, row in example]
     feed += [(t, body.capture(t)) for t in shared]
@@ -94,7 +95,7 @@ def _gradient_of_one(objective, variables, example, shared, copies: int) -> list
     handles = [body.capture(loss.graph.capture(v.handle)) for v in variables]
     gradients = tf.gradients(alone, handles)
     return [
-        tf.zeros(v.shape) if g is None else tf.ensure_shape(tf.cast(tf.convert_to_tensor(g), tf.float32), v.shape)
+        tf.zeros(v.shape, precision([v])) if g is None else tf.ensure_shape(widened(tf.convert_to_tensor(g)), v.shape)
         for g, v in zip(gradients, variables, strict=True)
     ]
 
