@@ -18,7 +18,7 @@ class Whole:
     """What has been added up so far.
 
     Args:
-      sums: float32, one tensor for each variable.
+      sums: float32 or float64, one tensor for each variable.
       rows: float32 scalar, examples in all of it.
       votes: float32 scalar, the votes on the clip of all of it.
       complete: bool scalar, whether this was the last micro-batch of a logical batch.
@@ -53,14 +53,14 @@ class Accumulator:
 
     def add(self, sums: list[tf.Tensor], rows: tf.Tensor, votes: tf.Tensor, variables: list[tf.Variable]) -> Whole:
         """Adds to the graph under construction: one more micro-batch, and where in its logical batch it is."""
-        number, slots = self._slots(variables)
+        parts = [*sums, rows, votes]
+        number, slots = self._slots(variables, parts)
         announced = self._open > 0
         # What is held was made for other variables or by another kind of step where this mark differs.
         mark = 2 * tf.constant(number, tf.int64) + tf.cast(announced, tf.int64)
         other = self._held.read_value() != mark
         position = tf.where(other & ~announced, tf.zeros([], tf.int64), self._position.read_value())
         fresh = other | (position == 0)
-        parts = [*sums, rows, votes]
         totals = [
             s.assign(tf.where(fresh, part, s.read_value() + part), read_value=True)
             for s, part in zip(slots, parts, strict=True)
@@ -100,12 +100,12 @@ class Accumulator:
         self._position.assign(position)
         self._held.assign(_NOTHING)
 
-    def _slots(self, variables: list[tf.Variable]) -> tuple[int, list[tf.Variable]]:
+    def _slots(self, variables: list[tf.Variable], parts: list[tf.Tensor]) -> tuple[int, list[tf.Variable]]:
         """The number of this set of variables, and its sums; rows and votes come last."""
         key = tuple(v.ref() for v in variables)
         if key not in self._sets:
             with tf.init_scope():
-                shapes = [v.shape for v in variables] + [tf.TensorShape([])] * 2
-                slots = [tf.Variable(tf.zeros(shape), trainable=False, name="clipped_sum") for shape in shapes]
+                kinds = [(part.shape, part.dtype) for part in parts]
+                slots = [tf.Variable(tf.zeros(*kind), trainable=False, name="clipped_sum") for kind in kinds]
             self._sets[key] = (len(self._sets), slots)
         return self._sets[key]

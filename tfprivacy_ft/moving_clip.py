@@ -113,7 +113,7 @@ class MovingClip:
           norms: float32 [B], norms before the clip; what is not finite is not within it.
           real: bool [B], False for what only fills the batch and has no vote.
         """
-        within = tf.where(norms <= self._clip.read_value(), 0.5, -0.5)
+        within = tf.where(tf.cast(norms, tf.float32) <= self._clip.read_value(), 0.5, -0.5)
         return tf.reduce_sum(tf.where(real, within, 0.0))
 
     def move(self, noisy_votes: tf.Tensor, batch_size: tf.Tensor, allowed: tf.Tensor) -> None:

@@ -101,7 +101,7 @@ class Mechanism:
         batch = self._add_up(clipped, variables)
         self._allowed = self.guard.enter(batch.complete, batch.announced)
         denominator = tf.where(self.expected_batch_size > 0, self.expected_batch_size, batch.rows)
-        private = [total / denominator for total in self._released(batch.sums, clip)]
+        private = [total / tf.cast(denominator, total.dtype) for total in self._released(batch.sums, clip)]
         if self.moving_clip is not None:
             votes = batch.votes + self.noise.like(batch.votes, self.moving_clip.count_stddev)
             self.moving_clip.move(votes, denominator, self._allowed)
@@ -128,7 +128,9 @@ class Mechanism:
         multiplier = self.noise_multiplier if self.moving_clip is None else self.moving_clip.noise_multiplier
 
         def noisy() -> list[tf.Tensor]:
-            return [total + self.noise.like(total, clip * multiplier) if multiplier else total for total in sums]
+            if not multiplier:
+                return sums
+            return [total + tf.cast(self.noise.like(total, clip * multiplier), total.dtype) for total in sums]
 
         if self.accumulator is None:  # noise needs no data, and outside of a cond is drawn beside the backward pass
             return [tf.where(self._allowed, total, 0.0) for total in noisy()]

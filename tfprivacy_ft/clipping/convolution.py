@@ -9,7 +9,7 @@ import tensorflow as tf
 from tfprivacy_ft.clipping import calls
 from tfprivacy_ft.clipping.filters import filter_gradients
 from tfprivacy_ft.clipping.layout import Blocks, Rows
-from tfprivacy_ft.clipping.sites import Contribution, Meeting, UseSite
+from tfprivacy_ft.clipping.sites import Contribution, Meeting, UseSite, widened
 
 _LIKELY_BATCH = 256  # where it is not known when traced; only the memory that is planned for depends on it
 
@@ -42,9 +42,9 @@ class ConvolutionSite(UseSite):
         assert isinstance(rows, Rows | Blocks)
         blocks = call.blocks * (rows.blocks if isinstance(rows, Blocks) else 1)
         gradient.set_shape(self.meeting.output.shape)
-        data = tf.cast(self.meeting.op.inputs[call.data], tf.float32)
-        data = _examples_together(call.data_inside(data), blocks, batch_size)
-        gradient = call.gradient_inside(tf.cast(gradient, tf.float32))
+        data = call.data_inside(widened(self.meeting.op.inputs[call.data]))
+        data = _examples_together(data, blocks, batch_size)
+        gradient = call.gradient_inside(widened(gradient))
         gradient = _examples_together(gradient, blocks, batch_size)
         images, outputs = (gradient, data) if convolution.transposed else (data, gradient)
         unknown = [None] * (len(convolution.kernel) + 1)

@@ -47,7 +47,7 @@ class _Lookups(Contribution):
 
     def _pairwise(self) -> tf.Tensor:
         """Each token's row total is found once per token that names it, and so is divided by how many do."""
-        same = tf.cast(self._indices[:, :, None] == self._indices[:, None, :], tf.float32)
+        same = tf.cast(self._indices[:, :, None] == self._indices[:, None, :], self._gradient.dtype)
         totals = tf.matmul(same, self._gradient)
         return tf.reduce_sum(tf.reduce_sum(tf.square(totals), 2) / tf.reduce_sum(same, 2), 1)
 
@@ -60,16 +60,17 @@ class _Lookups(Contribution):
         count = tf.size(indices)
         totals = tf.math.unsorted_segment_sum(tf.reshape(gradient, [count, -1]), segment, count)
         owner = tf.reshape(tf.repeat(tf.range(tf.shape(indices)[0]), tf.shape(indices)[1]), [-1])
-        squares = tf.gather(tf.reduce_sum(tf.square(totals), 1), segment) * tf.cast(
-            tf.reshape(starts, [-1]), tf.float32
-        )
+        first = tf.cast(tf.reshape(starts, [-1]), totals.dtype)
+        squares = tf.gather(tf.reduce_sum(tf.square(totals), 1), segment) * first
         return tf.math.unsorted_segment_sum(squares, owner, tf.shape(indices)[0])
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
-        return tf.math.unsorted_segment_sum(self._gradient * weights[:, None, None], self._indices, self._vocabulary)
+        weighted = self._gradient * tf.cast(weights, self._gradient.dtype)[:, None, None]
+        return tf.math.unsorted_segment_sum(weighted, self._indices, self._vocabulary)
 
     def per_example(self) -> tf.Tensor:
-        return tf.matmul(tf.one_hot(self._indices, self._vocabulary), self._gradient, transpose_a=True)
+        places = tf.one_hot(self._indices, self._vocabulary, dtype=self._gradient.dtype)
+        return tf.matmul(places, self._gradient, transpose_a=True)
 
     def keep(self, rows: tf.Tensor) -> Contribution:
         return _Lookups(self._indices, keep_rows(self._gradient, rows), self._vocabulary, self._length)

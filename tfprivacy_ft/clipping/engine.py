@@ -22,7 +22,7 @@ from tfprivacy_ft.clipping.embedding import EmbeddingSite
 from tfprivacy_ft.clipping.layout import COUPLED, Layouts
 from tfprivacy_ft.clipping.products import ProductSite
 from tfprivacy_ft.clipping.rules import ClippingRule, Flat, weights_of
-from tfprivacy_ft.clipping.sites import Contribution, UseSite
+from tfprivacy_ft.clipping.sites import Contribution, UseSite, precision
 from tfprivacy_ft.clipping.terms import Share, find_shares, find_terms
 from tfprivacy_ft.clipping.weights import Use, find_uses, pulled_back
 from tfprivacy_ft.errors import UnsupportedModelError
@@ -41,9 +41,9 @@ class ClippedSum:
     """A sum over examples in which each has sensitivity `l2_norm_clip` (add or remove one, or zero one out).
 
     Args:
-      sums: float32, one tensor of each variable's shape.
+      sums: float32, or float64 for float64 variables; one tensor of each variable's shape.
       data_independent: gradients of regularisers, of the variables' shapes, or None; not clipped and needing no noise.
-      norms: float32 [B], each example's gradient norm before the clip; private, not to be released.
+      norms: float32 or float64 [B], each example's gradient norm before the clip; private, not to be released.
       real: bool [B], False for what a sampler made to fill the batch.
       batch_size: int32 scalar, examples in this batch.
       rules: for each variable the rules that found its gradients; `None` where examples were taken one by one.
@@ -101,7 +101,7 @@ def clipped_sum(
     layouts = Layouts(loss, data, rows_per_example)
     terms = find_terms(loss, layouts)
     independent = _gradients_of(loss, terms.data_independent, variables)
-    clip = tf.cast(l2_norm_clip, tf.float32)
+    clip = tf.cast(l2_norm_clip, precision(variables))
     layers = [keras_compat.layer_path(v) for v in variables]
 
     def weigh(squared_norms: list[tf.Tensor]) -> list[tf.Tensor]:
@@ -183,8 +183,9 @@ def _clip_and_sum(
     real: tf.Tensor,
     loss_scale: float,
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
-    none = tf.zeros(tf.shape(real))
-    squares = [none if c is None else c.squared_norms() / loss_scale**2 for c in contributions]
+    dtype = precision(variables)
+    none = tf.zeros(tf.shape(real), dtype)
+    squares = [none if c is None else tf.cast(c.squared_norms(), dtype) / loss_scale**2 for c in contributions]
     norms = tf.sqrt(tf.add_n(squares)) if squares else none
     finite = tf.math.is_finite(norms)
     weights = [tf.where(finite & real, w / loss_scale, 0.0) for w in weigh(squares)] if squares else []
@@ -200,7 +201,7 @@ def _clip_and_sum(
         else []
     )
     return [
-        tf.zeros(v.shape) if c is None else tf.ensure_shape(next(sums), v.shape)
+        tf.zeros(v.shape, precision([v])) if c is None else tf.ensure_shape(next(sums), v.shape)
         for c, v in zip(contributions, variables, strict=True)
     ], norms
 

@@ -25,8 +25,8 @@ def filter_gradients(
     """What each example adds to the gradient of the filters.
 
     Args:
-      images: [B * rows, *sizes, c] float32, the rows of an example together.
-      outputs: [B * rows, *positions, d] float32, the same.
+      images: [B * rows, *sizes, c] float32 or float64, the rows of an example together.
+      outputs: [B * rows, *positions, d] of that dtype, the same.
       convolution: how the positions look at the images.
       shape: the shape of the filters' variable.
       batch_size: scalar int32, B.
@@ -87,7 +87,7 @@ class Transposed(Contribution):
         return tf.reduce_sum(tf.square(flatten(self._each)), 1)
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
-        total = tf.linalg.matvec(flatten(self._each), weights, transpose_a=True)
+        total = tf.linalg.matvec(flatten(self._each), tf.cast(weights, self._each.dtype), transpose_a=True)
         return tf.reshape(tf.transpose(tf.reshape(total, self._each.shape[1:])), self._shape)
 
     def per_example(self) -> tf.Tensor:

@@ -500,8 +500,11 @@ class _Look:
 
     def _rule_Tile(self, op, layouts):
         """By a number that is known; more copies of the batch itself would not stand example by example."""
-        times = tf.get_static_value(op.inputs[1])
-        return layouts[0] if times is not None and times[layouts[0].axis] == 1 else UNKNOWN
+        rows, times = layouts[0], tf.get_static_value(op.inputs[1])
+        if times is None and self.of(op.inputs[1]) is FREE and self.shape(op.outputs[0]) is not None:
+            # `tf.repeat` computes a number that only TensorFlow's own shapes know.
+            return rows if self._dims(op.outputs[0])[rows.axis] == self._dims(op.inputs[0])[rows.axis] else UNKNOWN
+        return rows if times is not None and times[rows.axis] == 1 else UNKNOWN
 
     def _rule_Cumsum(self, op, layouts):
         axis = tf.get_static_value(op.inputs[1])

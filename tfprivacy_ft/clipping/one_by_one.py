@@ -13,7 +13,7 @@ import tensorflow as tf
 from tfprivacy_ft.clipping import graph as graphs
 from tfprivacy_ft.clipping import probe
 from tfprivacy_ft.clipping.layout import FREE, SIZE, Layouts
-from tfprivacy_ft.clipping.sites import split_rows
+from tfprivacy_ft.clipping.sites import precision, split_rows, widened
 from tfprivacy_ft.clipping.terms import Share
 from tfprivacy_ft.errors import UnsupportedModelError
 
@@ -68,7 +68,7 @@ def clipped_sum(
       loss_scale: what the loss is multiplied by while it is differentiated.
 
     Returns:
-      Float32 sums of the variables' shapes, and the norms before the clip, [B].
+      Sums of the variables' shapes, float32 or float64, and the norms before the clip, [B].
     """
     draws = _random_draws(objective.loss, data, layouts)
     by_row = list(data) + [t for t in draws if layouts.has_rows(t)]
@@ -80,20 +80,29 @@ def clipped_sum(
     real = real_examples(objective.loss, batch_size)
     allowed = [*rows, *shared, real, batch_size, *(share.row for share in objective.shares or [])]
 
+    dtype = precision(variables)
+
     def body(index, total, norms, losses):
         example = [(t, tf.gather(r, index)) for t, r in zip(by_row, rows, strict=True)]
         grads, alone = _gradient_of_one(objective, variables, example, shared, copies, loss_scale)
         check_isolated(tf.compat.v1.get_default_graph(), data, allowed)
-        squares = [tf.reduce_sum(tf.square(g)) for g in grads]
+        squares = [tf.cast(tf.reduce_sum(tf.square(g)), dtype) for g in grads]
         norm = tf.sqrt(tf.add_n(squares))
         good = tf.math.is_finite(norm) & tf.gather(real, index)
-        total = [t + tf.where(good, w * g, 0.0) for t, w, g in zip(total, weigh(squares), grads, strict=True)]
+        total = [
+            t + tf.where(good, tf.cast(w, g.dtype) * g, 0.0)
+            for t, w, g in zip(total, weigh(squares), grads, strict=True)
+        ]
         return index + 1, total, norms.write(index, norm), losses.write(index, tf.cast(alone, tf.float32))
 
-    numbers = [tf.TensorArray(tf.float32, batch_size, element_shape=[]) for _ in range(2)]
-    start = (0, [tf.zeros(v.shape) for v in variables], *numbers)
+    zeros = [tf.zeros(v.shape, precision([v])) for v in variables]
+    numbers = [tf.TensorArray(kind, batch_size, element_shape=[]) for kind in (dtype, tf.float32)]
     _, total, norms, losses = tf.while_loop(
-        lambda index, *_: index < batch_size, body, start, maximum_iterations=batch_size, parallel_iterations=1
+        lambda index, *_: index < batch_size,
+        body,
+        (0, zeros, *numbers),
+        maximum_iterations=batch_size,
+        parallel_iterations=1,
     )
     if objective.shares is None or not probe.can_look(objective.loss, objective.shares, layouts):
         return total, norms.stack()
@@ -105,7 +114,7 @@ def clipped_sum(
 def _gradient_of_one(
     objective, variables, example, shared, copies: int, loss_scale: float
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
-    """Float32 gradients of the loss of one example, and that loss, inside the loop body that is being built."""
+    """Gradients of the loss of one example, float32 or float64, and that loss, inside the loop body that is being built."""
     body, loss = tf.compat.v1.get_default_graph(), objective.loss
     feed = [(t, tf.tile(row, [copies] + [1] * (row.shape.rank - 1))) for t, row in example]
     feed += [(t, body.capture(t)) for t in shared]
@@ -114,9 +123,9 @@ def _gradient_of_one(
     handles = [body.capture(loss.graph.capture(v.handle)) for v in variables]
     gradients = tf.gradients(alone, handles, grad_ys=tf.constant(loss_scale, alone.dtype))
     return [
-        tf.zeros(v.shape)
+        tf.zeros(v.shape, precision([v]))
         if g is None
-        else tf.ensure_shape(tf.cast(tf.convert_to_tensor(g), tf.float32) / loss_scale, v.shape)
+        else tf.ensure_shape(widened(tf.convert_to_tensor(g)) / loss_scale, v.shape)
         for g, v in zip(gradients, variables, strict=True)
     ], alone
 

@@ -77,7 +77,7 @@ def patches(images: tf.Tensor, axes: list[Axis]) -> tf.Tensor:
         return tf.reshape(images, [-1, count, size])
     plain = len(axes) == 2 and all(a.dilation == 1 for a in axes)
     if plain and channels < _WIDE and size <= _LARGEST_IDENTITY:
-        identity = np.eye(size, dtype=np.float32).reshape([*kernel, channels, size])
+        identity = np.eye(size, dtype=images.dtype.as_numpy_dtype).reshape([*kernel, channels, size])
         seen = tf.nn.conv2d(images, identity, strides, [[0, 0], *([a.before, a.after] for a in axes), [0, 0]])
         return tf.reshape(seen, [-1, count, size])
     padded = pad(images, axes)

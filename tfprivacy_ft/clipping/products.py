@@ -14,7 +14,8 @@ from tfprivacy_ft.clipping.layout import Rows
 from tfprivacy_ft.clipping.sites import Contribution, Meeting, UseSite, flatten, keep_rows, widened
 
 _GRAM_ADVANTAGE = 1.0  # how much fewer multiplications norms by pairs of rows must take
-_GRAM_SLACK = 2.0**-20  # of what rows of one direction would give: what rounding can hide where rows cancel
+# Of what rows of one direction would give: what rounding can hide where rows cancel.
+_GRAM_SLACK = {tf.float32: 2.0**-20, tf.float64: 2.0**-49}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +205,7 @@ class Products(Contribution):
         pairs = tf.matmul(inputs, inputs, transpose_b=True) * tf.matmul(outputs, outputs, transpose_b=True)
         scale = scale_in * scale_out
         bound = tf.reduce_sum(alone / tf.where(scale > 0, scale, 1.0), -1)
-        unit = tf.maximum(tf.reduce_sum(pairs, [-2, -1]), 0.0) + _GRAM_SLACK * tf.square(bound)
+        unit = tf.maximum(tf.reduce_sum(pairs, [-2, -1]), 0.0) + _GRAM_SLACK[bound.dtype] * tf.square(bound)
         return tf.reduce_sum(flatten((unit * tf.square(scale[..., 0]))[:, None]), 1)
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:

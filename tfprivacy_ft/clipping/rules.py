@@ -32,9 +32,9 @@ class ClippingRule(abc.ABC):
         """What the gradients of one example, or of each of B examples, are multiplied by.
 
         Args:
-          squared_norms: float32, for each variable the squared norm of the gradient, of shape [] or [B].
+          squared_norms: for each variable the squared norm of the gradient, of shape [] or [B]; float32 or float64.
           layers: for each variable the path of its layer.
-          clip: float32 scalar, `l2_norm_clip`.
+          clip: scalar of the same dtype, `l2_norm_clip`.
 
         Returns:
           For each variable a weight >= 0 of the shape of its norms. Gradients that are still too long are shortened.
@@ -66,7 +66,7 @@ def weights_of(
         alike.setdefault(id(weight), []).append(squares)
     by_id = {id(w): w for w in weights}
     added = [tf.square(by_id[key] * tf.sqrt(tf.add_n(squares))) for key, squares in alike.items()]
-    shortened = tf.minimum(1.0, clip / tf.maximum(tf.sqrt(tf.add_n(added)), _SMALLEST))
+    shortened = tf.minimum(clip / tf.maximum(tf.sqrt(tf.add_n(added)), _SMALLEST), 1.0)
     result = {key: weight * shortened for key, weight in by_id.items()}
     return [result[id(w)] for w in weights]
 
@@ -168,7 +168,7 @@ class PerLayer(ClippingRule):
         factors = {}
         for group, share in shares.items():
             norm = tf.sqrt(tf.add_n([s for s, g in zip(squared_norms, groups, strict=True) if g == group]))
-            factors[group] = tf.minimum(1.0, share * clip / tf.maximum(norm, _SMALLEST))
+            factors[group] = tf.minimum(share * clip / tf.maximum(norm, _SMALLEST), 1.0)
         return [factors[group] for group in groups]
 
     def _shares(self, groups: list[str]) -> dict[str, float]:

@@ -6,6 +6,7 @@ variable, example by example. A family of ops has one small file with a subclass
 
 import abc
 import dataclasses
+from collections.abc import Iterable
 
 import tensorflow as tf
 
@@ -108,7 +109,8 @@ class Contribution(abc.ABC):
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
         """Sum over examples of weight times gradient, of the variable's shape. `weights` is [B]."""
         each = self.per_example()
-        return tf.reshape(tf.linalg.matvec(flatten(each), weights, transpose_a=True), tf.shape(each)[1:])
+        total = tf.linalg.matvec(flatten(each), tf.cast(weights, each.dtype), transpose_a=True)
+        return tf.reshape(total, tf.shape(each)[1:])
 
 
 class Instantiated(Contribution):
@@ -137,13 +139,18 @@ def keep_rows(tensor: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
 
 
 def by_example(tensor: tf.Tensor, rows: Rows, batch_size: tf.Tensor) -> tf.Tensor:
-    """[B * fold, ...] -> float32 [B, fold, ...]; fails when run if the rows are not the batch times `fold`."""
+    """[B * fold, ...] -> float32 or float64 [B, fold, ...]; fails when run if the rows are not the batch times `fold`."""
     return split_rows(widened(tensor), batch_size, rows.fold)
 
 
 def widened(tensor: tf.Tensor) -> tf.Tensor:
     """In float32, or in float64 if it is that already."""
     return tensor if tensor.dtype == tf.float64 else tf.cast(tensor, tf.float32)
+
+
+def precision(tensors: Iterable[tf.Tensor | tf.Variable]) -> tf.DType:
+    """What norms over all of `tensors` are taken in: float64 if one of them is that, or else float32."""
+    return tf.float64 if any(t.dtype == tf.float64 for t in tensors) else tf.float32
 
 
 def split_rows(tensor: tf.Tensor, batch_size: tf.Tensor, fold: int | None = None) -> tf.Tensor:

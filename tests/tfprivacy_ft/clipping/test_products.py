@@ -89,6 +89,7 @@ CASES = {
     "batch_not_first": ((6, 3), lambda t: flat(TimeFirst("tbd,de->bte", (3, 5))(t))),
     "axis_summed_in_the_data": ((6, 3), lambda t: flat(Einsum("btd,de->be", (3, 5))(t))),
     "elementwise_by_einsum": ((6, 3), lambda t: flat(Einsum("btd,d->btd", (3,))(t))),
+    "repeated": ((3,), lambda t: flat(layers.Dense(2, "tanh")(layers.RepeatVector(3)(t)))),
     "long_and_narrow": ((40, 3), lambda t: flat(layers.Dense(2)(t))),
     "short_and_wide": ((2, 30), lambda t: flat(layers.Dense(20)(t))),
     "attention": ((6, 3), lambda t: flat(layers.MultiHeadAttention(2, 4)(t, t))),
