@@ -29,7 +29,7 @@ _HOMES = {
     "PrivacyPlan": "plan",
     "poisson_batches": "sampling",
 }
-_MODULES = ("accounting", "compute_epsilon", "datasets", "errors", "events", "ledger", "models")
+_MODULES = ("accounting", "clipping", "compute_epsilon", "datasets", "errors", "events", "ledger", "models")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 
