@@ -1,13 +1,15 @@
-"""Time of one training step in `model.fit`: plain Keras, this package, and tensorflow_privacy where it is installed.
+"""Time and memory of one training step in `model.fit`: plain Keras, this package, tensorflow_privacy where it is there.
 
-All run in one process, turn by turn, on the same batch; the numbers are medians over steps. On a machine that other work
-shares only the ratios of one run mean something. Targets: a private step costs at most 3 plain ones, and is at least 20
-times faster than tensorflow_privacy's DPKerasSGDOptimizer on the CNN.
+All take turns in one process on the same batch; times are medians over steps. On a machine that other work shares only the
+ratios of one run mean something. `--memory` adds the peak of a process of its own for each, `--growth` a second table of how
+both grow with batch, width and depth of a dense network, `--png FILE` a picture of what was measured.
 """
 
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 
@@ -15,15 +17,18 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import tensorflow as tf
+from _models import WORKS, Work, images, mlp
 
 from tfprivacy_ft import PrivacyPlan
-from tfprivacy_ft.models import build_model
 from tfprivacy_ft.optimizers import DPKerasSGDOptimizer
 
-SHAPES = {"cnn": (28, 28, 1), "mlp": (784,)}
-OPTIONS = {"cnn": {}, "mlp": {"hidden_units": (512, 512)}}
-TITLES = {"cnn": "CNN", "mlp": "MLP 784-512-512-10"}
 CLIP, NOISE, LEARNING_RATE = 1.0, 1.1, 0.1
+PLAIN, OURS, PEER = "plain Keras", "tfprivacy_ft", "tensorflow_privacy"
+GROWTH = {
+    "batch": {n: (mlp(), n) for n in (64, 256, 1024, 4096)},
+    "width": {n: (mlp(width=n), 256) for n in (128, 256, 512, 1024)},
+    "depth": {n: (mlp(width=256, depth=n), 256) for n in (1, 2, 4, 8)},
+}
 
 
 class StepTimer(tf.keras.callbacks.Callback):
@@ -43,10 +48,24 @@ class StepTimer(tf.keras.callbacks.Callback):
 class Contender:
     """A compiled model that can be asked to train for some steps."""
 
-    def __init__(self, architecture, optimizer, batches, *, reduction="auto", callbacks=()):
-        self.model = build_model(architecture, SHAPES[architecture], 10, **OPTIONS[architecture])
-        self.model.compile(optimizer, tf.keras.losses.SparseCategoricalCrossentropy(reduction=reduction))
-        self._batches, self._callbacks, self.seconds = batches, list(callbacks), []
+    def __init__(self, work, batch_size, name):
+        random = np.random.default_rng(0)
+        x, y = work.inputs(random, batch_size), random.integers(0, 10, batch_size).astype(np.int32)
+        self._batches, self._callbacks, self.seconds = tf.data.Dataset.from_tensors((x, y)).repeat(), [], []
+        loss = "sparse_categorical_crossentropy"
+        if name == PLAIN:
+            optimizer = tf.keras.optimizers.SGD(LEARNING_RATE)
+        elif name == OURS:
+            plan = PrivacyPlan(60_000, batch_size, epochs=60, delta=1e-5, noise_multiplier=NOISE)
+            optimizer = plan.optimizer(DPKerasSGDOptimizer, l2_norm_clip=CLIP, learning_rate=LEARNING_RATE)
+            self._callbacks = plan.callbacks()
+        else:
+            import tensorflow_privacy
+
+            optimizer = tensorflow_privacy.DPKerasSGDOptimizer(CLIP, NOISE, batch_size, learning_rate=LEARNING_RATE)
+            loss = tf.keras.losses.SparseCategoricalCrossentropy(reduction="none")
+        self.model = work.build()
+        self.model.compile(optimizer, loss)
 
     def run(self, steps, keep=True):
         timer = StepTimer()
@@ -59,74 +78,111 @@ class Contender:
         return 1e3 * statistics.median(self.seconds)
 
 
-def peer_optimizer(batch_size):
-    """tensorflow_privacy's optimizer with one example in a microbatch; None where the package is missing."""
-    try:
-        import tensorflow_privacy
-    except ImportError:
-        return None
-    return tensorflow_privacy.DPKerasSGDOptimizer(CLIP, NOISE, num_microbatches=batch_size, learning_rate=LEARNING_RATE)
-
-
-def measure(architecture, batch_size, rounds, steps, peer):
-    """Rows (name, contender) of one table, measured."""
-    random = np.random.default_rng(0)
-    x = random.uniform(-1, 1, [batch_size, *SHAPES[architecture]]).astype(np.float32)
-    y = random.integers(0, 10, batch_size).astype(np.int32)
-    batches = tf.data.Dataset.from_tensors((x, y)).repeat()
-
-    plan = PrivacyPlan(60_000, batch_size, epochs=60, delta=1e-5, noise_multiplier=NOISE)
-    private = plan.optimizer(DPKerasSGDOptimizer, l2_norm_clip=CLIP, learning_rate=LEARNING_RATE)
-    plain = tf.keras.optimizers.SGD(LEARNING_RATE)
-    fast = {
-        "plain Keras": Contender(architecture, plain, batches),
-        "tfprivacy_ft": Contender(architecture, private, batches, callbacks=plan.callbacks()),
-    }
-    slow = {}
-    if peer:
-        optimizer = peer_optimizer(batch_size)
-        if optimizer is None:
-            print("tensorflow_privacy is not installed: its step was skipped.")
-        else:
-            slow["tensorflow_privacy"] = Contender(architecture, optimizer, batches, reduction="none")
-
-    for contender in fast.values():
-        contender.run(3, keep=False)  # traces, and warms up
-    for contender in slow.values():
-        contender.run(1, keep=False)
+def contend(work, batch_size, rounds, steps, peer=False):
+    """Name -> contender, measured in turns."""
+    found = {name: Contender(work, batch_size, name) for name in (PLAIN, OURS, *([PEER] if peer else []))}
+    for name, contender in found.items():
+        contender.run(1 if name == PEER else 3, keep=False)  # traces, and warms up
     for turn in range(rounds):
-        for contender in fast.values():
-            contender.run(steps)
-        for contender in slow.values() if turn < 3 else ():
-            contender.run(1)
-    return {**fast, **slow}
+        for name, contender in found.items():
+            if name != PEER:
+                contender.run(steps)
+            elif turn < 3:
+                contender.run(1)
+    return found
 
 
-def table(rows):
-    plain, ours = rows["plain Keras"].milliseconds, rows["tfprivacy_ft"].milliseconds
+def peak_of(model, batch_size, name):
+    """MiB of a process that only takes some of these steps."""
+    command = [sys.executable, __file__, "--models", model, "--batch-sizes", str(batch_size), "--peak-of", name]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(ran.stdout.split()[-1])
+
+
+def show_peak(work, batch_size, name):
+    import resource
+
+    Contender(work, batch_size, name).run(10)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def table(found):
+    plain, ours = found[PLAIN].milliseconds, found[OURS].milliseconds
     print(f"  {'':20} {'ms per step':>12} {'times plain':>12} {'times tfprivacy_ft':>19} {'steps timed':>12}")
-    for name, contender in rows.items():
+    for name, contender in found.items():
         ms = contender.milliseconds
         print(f"  {name:20} {ms:12.1f} {ms / plain:12.2f} {ms / ours:19.2f} {len(contender.seconds):12}")
 
 
+def growth(rounds, steps):
+    """axis -> [(value, plain ms, private ms)]."""
+    found = {}
+    for axis, settings in GROWTH.items():
+        print(f"  {axis:8} {'plain ms':>10} {'private ms':>12} {'ratio':>7}")
+        for value, (build, batch_size) in settings.items():
+            times = contend(Work("", build, images(784), {}), batch_size, rounds, steps)
+            plain, ours = times[PLAIN].milliseconds, times[OURS].milliseconds
+            found.setdefault(axis, []).append((value, plain, ours))
+            print(f"  {value:8} {plain:10.1f} {ours:12.1f} {ours / plain:7.2f}", flush=True)
+    return found
+
+
+def picture(path, ratios, grown):
+    """Ratios as bars beside their targets, and growth as lines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2 + 3 * bool(grown)), layout="constrained")
+    rows = figure.subfigures(2 if grown else 1, 1, squeeze=False).ravel()
+    axes = rows[0].subplots()
+    names = list(ratios)
+    axes.bar(range(len(names)), [ratios[n][0] for n in names], color="#4477aa", label="measured")
+    axes.plot(range(len(names)), [ratios[n][1] for n in names], "k_", markersize=18, label="target")
+    axes.set_xticks(range(len(names)), names, fontsize=7)
+    axes.set_ylabel("times a plain step")
+    axes.legend()
+    if grown:
+        for panel, (axis, points) in zip(rows[1].subplots(1, len(grown)), grown.items(), strict=True):
+            values = [p[0] for p in points]
+            panel.plot(values, [p[1] for p in points], "o-", color="#bbbbbb", label="plain")
+            panel.plot(values, [p[2] for p in points], "o-", color="#4477aa", label="private")
+            panel.set(xlabel=axis, ylabel="ms per step", xscale="log", yscale="log", ylim=(1, None))
+            panel.legend()
+    figure.savefig(path, dpi=120)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=sorted(SHAPES), default=["cnn", "mlp"])
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[256], help="such as 256 1024")
-    parser.add_argument("--rounds", type=int, default=12, help="turns that the contenders take")
-    parser.add_argument("--steps", type=int, default=20, help="steps in a turn")
-    parser.add_argument("--no-peer", action="store_true", help="leave tensorflow_privacy out, which takes minutes")
+    parser.add_argument("--models", nargs="+", choices=sorted(WORKS), default=list(WORKS))
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[256, 1024])
+    parser.add_argument("--rounds", type=int, default=6, help="turns that the contenders take")
+    parser.add_argument("--steps", type=int, default=10, help="steps in a turn")
+    parser.add_argument("--peer", action="store_true", help="tensorflow_privacy too, on MLP and CNN; takes minutes")
+    parser.add_argument("--memory", action="store_true", help="peak memory, each in a process of its own")
+    parser.add_argument("--growth", action="store_true", help="how time grows with batch, width and depth")
+    parser.add_argument("--png", help="file for a picture of it all")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    if arguments.peak_of:
+        return show_peak(WORKS[arguments.models[0]], arguments.batch_sizes[0], arguments.peak_of)
 
-    for architecture in arguments.models:
-        for batch_size in arguments.batch_sizes:
-            rows = measure(architecture, batch_size, arguments.rounds, arguments.steps, not arguments.no_peer)
-            parameters = rows["plain Keras"].model.count_params()
-            print(f"{TITLES[architecture]}, {parameters:,} parameters, batch {batch_size}, {os.cpu_count()} cores")
-            table(rows)
+    ratios = {}
+    for model in arguments.models:
+        work = WORKS[model]
+        for size in arguments.batch_sizes:
+            found = contend(work, size, arguments.rounds, arguments.steps, arguments.peer and model in ("mlp", "cnn"))
+            target = work.targets.get(size, float("nan"))
+            print(f"{work.title}, {found[PLAIN].model.count_params():,} parameters, batch {size}, target {target}")
+            table(found)
+            ratios[f"{model}\n{size}"] = (found[OURS].milliseconds / found[PLAIN].milliseconds, target)
+            if arguments.memory:
+                plain, ours = (peak_of(model, size, name) for name in (PLAIN, OURS))
+                print(f"  peak memory: plain {plain:.0f} MiB, private {ours:.0f} MiB, {ours / plain:.2f} times")
             print(flush=True)
+            tf.keras.backend.clear_session()
+    grown = growth(arguments.rounds, arguments.steps) if arguments.growth else {}
+    if arguments.png:
+        picture(arguments.png, ratios, grown)
 
 
 if __name__ == "__main__":
