@@ -32,7 +32,7 @@ class Case:
       summed: whether losses are summed over a batch, rather than averaged.
       regularised: layers whose kernels are regularised.
       parts: what the model is made of, in words.
-      traits: of "dropout", "masked", "recurrent", "activity"; what a property may have to know.
+      traits: of "dropout", "masked", "learned mask", "recurrent", "activity", "table": what a property may have to know.
     """
 
     seed: int
@@ -92,7 +92,9 @@ def _penalty(layer) -> tf.Tensor:
     return layer.kernel_regularizer(tf.convert_to_tensor(layer.kernel))
 
 
-def build(seed: int, examples: int, *, without: tuple[str, ...] = (), weighted: bool | None = None, needs: str = "") -> Case:
+def build(
+    seed: int, examples: int, *, without: tuple[str, ...] = (), weighted: bool | None = None, needs: str = ""
+) -> Case:
     """A random case.
 
     Args:
@@ -435,18 +437,20 @@ class _Architect:
             return self.put(layer, hidden, memory, note=kind)
         call: dict = {"use_causal_mask": True} if kind == "causal" else {}
         if kind == "masked":
-            call["attention_mask"] = layers.Lambda(
-                lambda t: t[:, None, :, 0] > 0, output_shape=(1, hidden.shape[1])
-            )(hidden)
+            call["attention_mask"] = layers.Lambda(lambda t: t[:, None, :, 0] > 0, output_shape=(1, hidden.shape[1]))(
+                hidden
+            )
         return self.put(layer, hidden, hidden, note=kind, **call)
 
     def embedding(self, tokens):
+        self.traits.add("table")
         masked = self.may("masked", 0.4)
         table = layers.Embedding(VOCABULARY, self.size(), mask_zero=masked)
         if self.chance(0.4):
             self.tables.append(table)
         hidden = self.put(table, tokens, note="mask_zero" if masked else "")
-        if IS_KERAS_3 and self.chance(0.15) and table not in self.tables:
+        single = keras.backend.floatx() == "float32"  # as the pairs that Keras puts beside a table always are
+        if IS_KERAS_3 and self.chance(0.15) and single and table not in self.tables:
             self.parts.append("low rank")
             table.enable_lora(2)
         if self.chance(0.15):
@@ -466,6 +470,7 @@ class _Architect:
     def masking(self, hidden):
         if not self.may("masked", 0.7):
             return self.dense(hidden)
+        self.traits.add("learned mask")
         shifted = layers.Lambda(lambda t: tf.where(t[:, :, :1] > 0.8, tf.zeros_like(t), t))(hidden)
         return self.put(layers.Masking(), shifted)
 
@@ -503,9 +508,7 @@ class _Architect:
             name, options["depth_multiplier"] = "Separable" + name, self.pick(1, 2)
         if kind == "depthwise":
             strides = {"strides": 2} if self.chance(0.4) else {}
-            layer = getattr(layers, "Depthwise" + name)(
-                kernel, depth_multiplier=self.pick(1, 2), **options, **strides
-            )
+            layer = getattr(layers, "Depthwise" + name)(kernel, depth_multiplier=self.pick(1, 2), **options, **strides)
         else:
             if kind in ("plain", "strided"):
                 options.update(self.options())
