@@ -130,9 +130,10 @@ class TiedAutoencoder(keras.Model):
         return self.head(tf.matmul(hidden, kernel, transpose_b=True))
 
 
+@pytest.mark.parametrize("width", [4, 6], ids=["square", "oblong"])
 @pytest.mark.parametrize("by_transpose", [False, True])
-def test_a_tied_matrix_is_one_gradient(by_transpose):
-    assert_exact(TiedAutoencoder(by_transpose), LOGITS, rows(6), labels(), fast=True)
+def test_a_tied_matrix_is_one_gradient(by_transpose, width):
+    assert_exact(TiedAutoencoder(by_transpose), LOGITS, rows(width), labels(), fast=True)
 
 
 def test_an_einsum_over_the_batch_is_refused():
