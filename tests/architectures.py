@@ -315,12 +315,16 @@ class _Architect:
         return self.put(self.kept(layers.Dense(self.size(), self.pick(*ACTIVATIONS), **self.options())), hidden)
 
     def low_rank(self, hidden):
-        if not IS_KERAS_3 or self.chance(0.5):
+        if not self.keras_adapts() or self.chance(0.5):
             return self.put(LowRank(self.size()), hidden)
         layer = layers.Dense(self.size(), self.pick(*ACTIVATIONS))
         result = self.put(layer, hidden, note="low rank")
         layer.enable_lora(2)
         return result
+
+    def keras_adapts(self) -> bool:
+        """Whether Keras has low-rank pairs of its own, in the precision of the model: they are always float32."""
+        return IS_KERAS_3 and keras.backend.floatx() == "float32"
 
     def normalisation(self, hidden):
         channels = hidden.shape[-1]
@@ -449,8 +453,7 @@ class _Architect:
         if self.chance(0.4):
             self.tables.append(table)
         hidden = self.put(table, tokens, note="mask_zero" if masked else "")
-        single = keras.backend.floatx() == "float32"  # as the pairs that Keras puts beside a table always are
-        if IS_KERAS_3 and self.chance(0.15) and single and table not in self.tables:
+        if self.keras_adapts() and self.chance(0.15) and table not in self.tables:
             self.parts.append("low rank")
             table.enable_lora(2)
         if self.chance(0.15):
