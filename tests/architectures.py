@@ -32,7 +32,7 @@ class Case:
       summed: whether losses are summed over a batch, rather than averaged.
       regularised: layers whose kernels are regularised.
       parts: what the model is made of, in words.
-      traits: of "dropout", "masked", "recurrent", "activity"; what a property may have to know.
+      traits: of "dropout", "masked", "learned mask", "recurrent", "activity", "table": what a property may have to know.
     """
 
     seed: int
@@ -315,12 +315,16 @@ class _Architect:
         return self.put(self.kept(layers.Dense(self.size(), self.pick(*ACTIVATIONS), **self.options())), hidden)
 
     def low_rank(self, hidden):
-        if not IS_KERAS_3 or self.chance(0.5):
+        if not self.keras_adapts() or self.chance(0.5):
             return self.put(LowRank(self.size()), hidden)
         layer = layers.Dense(self.size(), self.pick(*ACTIVATIONS))
         result = self.put(layer, hidden, note="low rank")
         layer.enable_lora(2)
         return result
+
+    def keras_adapts(self) -> bool:
+        """Whether Keras has low-rank pairs of its own, in the precision of the model: they are always float32."""
+        return IS_KERAS_3 and keras.backend.floatx() == "float32"
 
     def normalisation(self, hidden):
         channels = hidden.shape[-1]
@@ -443,12 +447,13 @@ class _Architect:
         return self.put(layer, hidden, hidden, note=kind, **call)
 
     def embedding(self, tokens):
+        self.traits.add("table")
         masked = self.may("masked", 0.4)
         table = layers.Embedding(VOCABULARY, self.size(), mask_zero=masked)
         if self.chance(0.4):
             self.tables.append(table)
         hidden = self.put(table, tokens, note="mask_zero" if masked else "")
-        if IS_KERAS_3 and self.chance(0.15) and table not in self.tables:
+        if self.keras_adapts() and self.chance(0.15) and table not in self.tables:
             self.parts.append("low rank")
             table.enable_lora(2)
         if self.chance(0.15):
@@ -468,6 +473,7 @@ class _Architect:
     def masking(self, hidden):
         if not self.may("masked", 0.7):
             return self.dense(hidden)
+        self.traits.add("learned mask")
         shifted = layers.Lambda(lambda t: tf.where(t[:, :, :1] > 0.8, tf.zeros_like(t), t))(hidden)
         return self.put(layers.Masking(), shifted)
 

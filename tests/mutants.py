@@ -1,7 +1,8 @@
 """Sabotages of clip, noise, sampler and accounts, one line each; every one has to make a test fail.
 
 `make mutants` copies the tree to a temporary folder, breaks one line at a time there, runs the tests that guard it, and
-lists what survived. A survivor is a promise that no test keeps.
+lists what survived. A survivor is a promise that no test keeps. `python tests/mutants.py share dilation` runs those only
+whose meaning has one of these words.
 """
 
 import pathlib
@@ -13,6 +14,10 @@ from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENGINE = "tests/tfprivacy_ft/clipping/test_engine.py"
+PRODUCTS = "tests/tfprivacy_ft/clipping/test_products.py"
+WEIGHTS = "tests/tfprivacy_ft/clipping/test_weights.py"
+CONVOLUTION = "tests/tfprivacy_ft/clipping/test_convolution.py"
+LAYOUT = "tests/tfprivacy_ft/clipping/test_layout.py"
 PLAN = "tests/tfprivacy_ft/test_plan.py"
 OPTIMIZERS = "tests/tfprivacy_ft/test_optimizers.py"
 RULES = "tests/tfprivacy_ft/clipping/test_rules.py"
@@ -37,7 +42,7 @@ MUTANTS = (
     Mutant(
         "no clip",
         "clipping/rules.py",
-        "tf.minimum(1.0, clip / tf.maximum(tf.sqrt(tf.add_n(added)), _SMALLEST))",
+        "tf.minimum(clip / tf.maximum(tf.sqrt(tf.add_n(added)), _SMALLEST), 1.0)",
         "tf.ones_like(added[0])",
         ENGINE,
         "one_example_moves",
@@ -53,7 +58,7 @@ MUTANTS = (
     Mutant(
         "one of several uses counted",
         "clipping/engine.py",
-        "Instantiated(tf.add_n([part.per_example() for part in parts]))",
+        "functools.reduce(lambda one, other: one.added_to(other), parts)",
         "parts[0]",
         ENGINE,
         "twice or tied",
@@ -124,6 +129,174 @@ MUTANTS = (
         "draws",
     ),
     Mutant(
+        "squares of a tied variable's uses added, not their gradients",
+        "clipping/sites.py",
+        "Instantiated(self.per_example() + other.per_example())",
+        "Instantiated(tf.sqrt(tf.square(self.per_example()) + tf.square(other.per_example())))",
+        ENGINE,
+        "tied",
+    ),
+    Mutant(
+        "second use of a kernel with the data of the first",
+        "clipping/products.py",
+        "tf.concat([mine._inputs, theirs._inputs], 1)",
+        "tf.concat([mine._inputs, mine._inputs], 1)",
+        PRODUCTS,
+        "used_twice",
+    ),
+    Mutant(
+        "tied matrix added without its transposition",
+        "clipping/products.py",
+        "return matrices(self._outputs, self._inputs, self._steps)",
+        "return matrices(self._inputs, self._outputs, self._steps)",
+        PRODUCTS,
+        "tied",
+    ),
+    Mutant(
+        "time before the batch in a product",
+        "clipping/products.py",
+        "        axes.index(labels.batch),\n        *(axes.index(c) for c in labels.time),\n",
+        "        *(axes.index(c) for c in labels.time),\n        axes.index(labels.batch),\n",
+        PRODUCTS,
+        "einsum_dense",
+    ),
+    Mutant(
+        "norms by pairs of the inputs alone",
+        "clipping/products.py",
+        "tf.matmul(inputs, inputs, transpose_b=True) * tf.matmul(outputs, outputs, transpose_b=True)",
+        "tf.matmul(inputs, inputs, transpose_b=True)",
+        PRODUCTS,
+        "norms_by_pairs or wide",
+    ),
+    Mutant(
+        "norms by pairs not rounded upward",
+        "clipping/products.py",
+        " + _GRAM_SLACK[bound.dtype] * tf.square(bound)",
+        "",
+        PRODUCTS,
+        "norms_by_pairs",
+    ),
+    Mutant(
+        "an Einsum over the batch not seen",
+        "clipping/layout.py",
+        "return Rows(output.index(label), fold) if label in output else COUPLED",
+        "return Rows(output.index(label), fold) if label in output else FREE",
+        PRODUCTS,
+        "over_the_batch",
+    ),
+    Mutant(
+        "a mean over the batch not seen",
+        "clipping/layout.py",
+        "if rows.axis in axes:\n            return COUPLED",
+        "if rows.axis in axes:\n            return FREE",
+        ENGINE,
+        "mean_over",
+    ),
+    Mutant(
+        "rows of two examples taken for one's",
+        "clipping/layout.py",
+        "if math.prod(before[: rows.axis]) != 1:",
+        "if False:",
+        LAYOUT,
+        "",
+    ),
+    Mutant(
+        "blocks of a convolution as if example by example",
+        "clipping/convolution.py",
+        "tf.stack([blocks, batch_size, -1])",
+        "tf.stack([batch_size, blocks, -1])",
+        CONVOLUTION,
+        "line",
+    ),
+    Mutant(
+        "low-rank pair transposed",
+        "clipping/weights.py",
+        "matrix = tf.transpose(other) if flip_other else other",
+        "matrix = other if flip_other else tf.transpose(other)",
+        WEIGHTS,
+        "low_rank",
+    ),
+    Mutant(
+        "scale of a low-rank pair forgotten",
+        "clipping/weights.py",
+        "steps.append(functools.partial(_scaled, factor=others[0]))",
+        "pass",
+        WEIGHTS,
+        "low_rank",
+    ),
+    Mutant(
+        "an op that reads a variable twice counted once",
+        "clipping/weights.py",
+        "if sum(t is weight for t in op.inputs) > 1 or (",
+        "if (",
+        WEIGHTS,
+        "one_op_reads",
+    ),
+    Mutant(
+        "share of a masked loss by the batch's mask",
+        "clipping/terms.py",
+        "if not terms.weighed_by_data:",
+        "if True:",
+        ENGINE,
+        "masked_sequence",
+    ),
+    Mutant(
+        "elementwise weights not summed where they are repeated",
+        "clipping/broadcast.py",
+        "[i + 1 for i, axis in enumerate(order) if i and weight[axis] == 1]",
+        "[]",
+        ENGINE,
+        "dense_over_time",
+    ),
+    Mutant(
+        "SAME padding one pixel off",
+        "clipping/patches.py",
+        "before = _positive(missing) // 2",
+        "before = _positive(missing + 1) // 2",
+        CONVOLUTION,
+        "windows",
+    ),
+    Mutant(
+        "dilation of patches ignored",
+        "clipping/patches.py",
+        "np.arange(a.kernel) * a.dilation",
+        "np.arange(a.kernel)",
+        CONVOLUTION,
+        "windows",
+    ),
+    Mutant(
+        "stride of a convolution ignored",
+        "clipping/calls.py",
+        "strides=tuple(strides[1:-1]),",
+        "strides=(1,) * axes,",
+        CONVOLUTION,
+        "line",
+    ),
+    Mutant(
+        "repeated tokens measured apart",
+        "clipping/embedding.py",
+        "totals = tf.matmul(same, self._gradient)",
+        "totals = self._gradient",
+        ENGINE,
+        "masked_embedding",
+    ),
+    Mutant(
+        "repeated tokens of a long text measured apart",
+        "clipping/embedding.py",
+        "tf.cast(indices[:, 1:] != indices[:, :-1], tf.int32)",
+        "tf.ones_like(indices[:, 1:])",
+        ENGINE,
+        "long_text",
+    ),
+    Mutant(
+        "no clip one by one",
+        "clipping/one_by_one.py",
+        "tf.cast(w, g.dtype) * g",
+        "g",
+        ENGINE,
+        "lstm",
+    ),
+    Mutant(
         "noise without the clip",
         "optimizers.py",
         "self.noise.like(total, clip * multiplier)",
@@ -150,8 +323,8 @@ MUTANTS = (
     Mutant(
         "raw gradients applied",
         "keras_compat.py",
-        "raise _raw_gradients()",
-        "pass",
+        "zip(pairs, made, strict=True)):\n            raise _raw_gradients()",
+        "zip(pairs, made, strict=True)):\n            pass",
         "tests/tfprivacy_ft/test_optimizers.py",
         "raw",
     ),
@@ -272,8 +445,8 @@ MUTANTS = (
     Mutant(
         "norms not unscaled",
         "clipping/engine.py",
-        "c.squared_norms() / loss_scale**2",
-        "c.squared_norms()",
+        "tf.cast(c.squared_norms(), dtype) / loss_scale**2",
+        "tf.cast(c.squared_norms(), dtype)",
         OPTIMIZERS,
         "half",
     ),
@@ -303,8 +476,8 @@ def survives(mutant: Mutant, tree: pathlib.Path) -> bool:
     """Whether the tests that guard the line still pass when it is broken."""
     file = tree / "tfprivacy_ft" / mutant.file
     source = file.read_text()
-    if source.count(mutant.old) < 1:
-        raise SystemExit(f"{mutant.meaning}: {mutant.old!r} is no longer in {mutant.file}: bring the list up to date.")
+    if source.count(mutant.old) != 1:
+        raise SystemExit(f"{mutant.meaning}: {mutant.old!r} is not once in {mutant.file}: bring the list up to date.")
     file.write_text(source.replace(mutant.old, mutant.new))
     try:
         command = [sys.executable, "-W", "ignore", "-m", "pytest", "-x", "-q", mutant.test]
@@ -317,19 +490,20 @@ def survives(mutant: Mutant, tree: pathlib.Path) -> bool:
     return code == 0
 
 
-def main() -> int:
-    """Runs all mutants; 1 if one survived."""
+def main(words: list[str]) -> int:
+    """Runs all mutants, or those whose meaning holds one of `words`; 1 if one survived."""
     survivors = []
+    chosen = [m for m in MUTANTS if not words or any(word in m.meaning for word in words)]
     with tempfile.TemporaryDirectory() as folder:
         tree = pathlib.Path(folder) / "tree"
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info"))
-        for mutant in MUTANTS:
+        for mutant in chosen:
             alive = survives(mutant, tree)
             survivors += [mutant.meaning] if alive else []
             print(f"{'SURVIVED' if alive else 'killed':8}  {mutant.meaning}", flush=True)
-    print(f"{len(MUTANTS) - len(survivors)} killed, {len(survivors)} survived")
+    print(f"{len(chosen) - len(survivors)} killed, {len(survivors)} survived")
     return bool(survivors)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -6,6 +6,7 @@ import tensorflow as tf
 from helpers import CrossEntropy, assert_exact, assert_same, global_norm, layers, released_sum
 
 from tfprivacy_ft.clipping.products import matrices, norms
+from tfprivacy_ft.errors import UnsupportedModelError
 from tfprivacy_ft.keras_compat import keras
 
 LOGITS = CrossEntropy(from_logits=True)
@@ -129,9 +130,19 @@ class TiedAutoencoder(keras.Model):
         return self.head(tf.matmul(hidden, kernel, transpose_b=True))
 
 
+@pytest.mark.parametrize("width", [4, 6], ids=["square", "oblong"])
 @pytest.mark.parametrize("by_transpose", [False, True])
-def test_a_tied_matrix_is_one_gradient(by_transpose):
-    assert_exact(TiedAutoencoder(by_transpose), LOGITS, rows(6), labels(), fast=True)
+def test_a_tied_matrix_is_one_gradient(by_transpose, width):
+    assert_exact(TiedAutoencoder(by_transpose), LOGITS, rows(width), labels(), fast=True)
+
+
+def test_an_einsum_over_the_batch_is_refused():
+    def decorrelated(inputs):
+        centred = layers.Lambda(lambda t: t @ tf.einsum("bc,bd->cd", t, t), name="decorrelated")
+        return layers.Dense(4)(centred(inputs))
+
+    with pytest.raises(UnsupportedModelError, match="decorrelated"):
+        released_sum(functional((3,), decorrelated), LOGITS, rows(3), labels(), 1.0)
 
 
 @pytest.mark.parametrize("name", ["attention", "a_matrix_for_each_head", "transformer_block"])

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from tfprivacy_ft import optimizers
 from tfprivacy_ft.clipping import SlowClippingWarning, clipped_sum, reference
-from tfprivacy_ft.keras_compat import keras
+from tfprivacy_ft.keras_compat import IS_KERAS_3, keras
 
 EXAMPLES = 8
 HUGE = 1e6
-SLOW_TRAITS = {"recurrent"}
+SLOW_TRAITS = {"recurrent", "learned mask"}
 
 
 def over_seeds(count):
@@ -188,12 +188,12 @@ def check_huge(case, run, static, norms):
     assert length > 0.99 * clip or norms[i] * HUGE <= clip, f"{length} is below {clip}"
 
 
-@over_seeds(100)
+@over_seeds(95)
 def test_equals_a_loop_over_examples(seed):
     check_against_loop(seed, 1e-4, static=seed % 3 == 0)
 
 
-@over_seeds(20)
+@over_seeds(16)
 def test_equals_a_loop_over_examples_in_double_precision(seed):
     with floats("float64"):
         check_against_loop(seed, 1e-9, static=seed % 3 == 0)
@@ -215,7 +215,7 @@ def test_a_step_of_fit_releases_what_the_loop_gives(seed):
         assert_same(released, expected, 1e-4, max(largest(expected), 1e-2 * largest(before)), "released")
 
 
-@over_seeds(15)
+@over_seeds(8)
 def test_dropout_leaves_the_clip_in_place(seed):
     case = architectures.build(seed, 1, without=("activity",), weighted=True, needs="dropout")
     with described(case):
@@ -234,10 +234,12 @@ OPTIMIZERS = (
 )
 
 
-@over_seeds(24)
+@over_seeds(12)
 def test_without_clip_and_noise_training_is_that_of_keras(seed):
     case = architectures.build(seed, EXAMPLES, without=("dropout", "masked", "activity"))
-    name, options = OPTIMIZERS[seed % len(OPTIMIZERS)]
+    # Keras 3's Adam squares each of several gradients of one row of a table, rather than their sum.
+    usable = OPTIMIZERS[:2] if IS_KERAS_3 and "table" in case.traits else OPTIMIZERS
+    name, options = usable[seed % len(usable)]
     with described(case):
         ours = getattr(optimizers, f"DPKeras{name}Optimizer")
         private = ours(1e9, 0.0, expected_batch_size=1 if case.summed else None, **options)

@@ -64,6 +64,14 @@ def test_a_variable_that_is_used_as_it_is_and_in_a_product():
     assert_exact(model, LOGITS, rows(5), labels(), fast=True)
 
 
+def test_a_variable_that_one_op_reads_twice():
+    def chosen(inputs, made):
+        return tf.where(inputs[:, :1] > 0, made, made)
+
+    model = Computed(lambda w, a, b: tf.identity(b), (5, 2), (6,), chosen)
+    assert_exact(model, LOGITS, rows(5), labels(), fast=False)
+
+
 def test_over_time_by_xla():
     shape = (5, 2), (2, 6)
     model = Computed(lambda w, a, b: w + tf.matmul(a, b), *shape, lambda x, k: tf.reduce_mean(x @ k, 1))
