@@ -56,12 +56,15 @@ def described(case):
 
 @contextlib.contextmanager
 def floats(dtype):
-    before = keras.backend.floatx()
+    """Makes models in `dtype`, also where a test before this one has set a policy, which then goes before floatx."""
+    before, policy = keras.backend.floatx(), keras.mixed_precision.global_policy()
     keras.backend.set_floatx(dtype)
+    keras.mixed_precision.set_global_policy(dtype)
     try:
         yield
     finally:
         keras.backend.set_floatx(before)
+        keras.mixed_precision.set_global_policy(policy)
 
 
 def signature(arrays, rows):
