@@ -26,9 +26,9 @@ class ElementwiseSite(UseSite):
         rank, weight = meeting.output.shape.rank, meeting.weight.shape
         if rank is None or weight.rank > rank or any(t.shape.rank is None for t in op.inputs):
             return None
-        if op.type == "BiasAdd" and (meeting.index != 1 or graphs.attribute(op, "data_format", b"NHWC") != b"NHWC"):
+        if op.type == "BiasAdd" and meeting.index != 1:
             return None
-        aligned = [1] * (rank - weight.rank) + weight.as_list()
+        aligned = _aligned(meeting)
         if aligned[place.axis] != 1:
             return None  # a weight with its own row for every row of the batch
         made = meeting.output.shape.as_list()
@@ -39,7 +39,7 @@ class ElementwiseSite(UseSite):
     def at(self, gradient: tf.Tensor, batch_size: tf.Tensor) -> Contribution:
         rows, rank = self.meeting.layouts.of(self.meeting.output), self.meeting.output.shape.rank
         assert isinstance(rows, Rows)
-        weight = [1] * (rank - self.meeting.weight.shape.rank) + self.meeting.weight.shape.as_list()
+        weight = _aligned(self.meeting)
         order = [rows.axis, *(i for i in range(rank) if i != rows.axis)]
         full = self._before_the_sum(gradient)
         full = split_rows(full if rows.axis == 0 else tf.transpose(full, order), batch_size, rows.fold)
@@ -62,3 +62,11 @@ class ElementwiseSite(UseSite):
         (copy,) = graphs.replay([self.meeting.output], feed, op.graph)
         (slope,) = tf.gradients(copy, weight, grad_ys=gradient)
         return widened(tf.convert_to_tensor(slope))
+
+
+def _aligned(meeting: Meeting) -> list[int]:
+    """The weight's size along each axis of the output; 1 where it is repeated."""
+    rank, weight = meeting.output.shape.rank, meeting.weight.shape.as_list()
+    if meeting.op.type == "BiasAdd" and graphs.attribute(meeting.op, "data_format", b"NHWC") == b"NCHW":
+        return [1, *weight] + [1] * (rank - 2)
+    return [1] * (rank - len(weight)) + weight

@@ -408,11 +408,8 @@ class _Look:
         return [] if behind else None
 
     def _rule_BiasAdd(self, op, layouts):
-        last = len(self._dims(op.inputs[0])) - 1
-        fine = (
-            layouts[1] is FREE and layouts[0].axis != last and graphs.attribute(op, "data_format", b"NHWC") == b"NHWC"
-        )
-        return layouts[0] if fine else UNKNOWN
+        channels = 1 if graphs.attribute(op, "data_format", b"NHWC") == b"NCHW" else len(self._dims(op.inputs[0])) - 1
+        return layouts[0] if layouts[1] is FREE and layouts[0].axis != channels else UNKNOWN
 
     def _rule_MatMul(self, op, layouts):
         fine = layouts[0].axis == 0 and layouts[1] is FREE and not op.get_attr("transpose_a")

@@ -84,6 +84,10 @@ CASES = {
         lambda t: flat(layers.EinsumDense("abc,cde->abde", (6, 2, 5), bias_axes="de")(t)),
     ),
     "einsum_dense_over_time": ((6, 3), lambda t: flat(layers.EinsumDense("abc,bd->adc", (5, 3))(t))),
+    "bias_ahead_of_the_last_axis": (
+        (6, 3),
+        lambda t: flat(layers.EinsumDense("abc,bd->adc", (5, 3), bias_axes="d", activation="tanh")(t)),
+    ),
     "a_matrix_for_each_head": ((2, 6, 3), lambda t: flat(Einsum("bhtd,hde->bhte", (2, 3, 5))(t))),
     "a_matrix_for_each_head_and_one_row": ((2, 3), lambda t: flat(Einsum("bhd,hed->bhe", (2, 5, 3))(t))),
     "kernel_first": ((6, 3), lambda t: flat(Einsum("cd,btc->btd", (3, 5), kernel_first=True)(t))),
