@@ -10,6 +10,15 @@ from tfprivacy_ft.optimizers import DPKerasSGDOptimizer
 
 layers = tf.keras.layers
 CrossEntropy = tf.keras.losses.SparseCategoricalCrossentropy
+EXAMPLES = 7
+
+
+def rows(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=(EXAMPLES, *shape)).astype(np.float32)
+
+
+def labels(*shape, classes=4, seed=1):
+    return np.random.default_rng(seed).integers(0, classes, (EXAMPLES, *shape))
 
 
 def trainable_values(model):

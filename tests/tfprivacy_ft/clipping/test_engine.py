@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import (
+    EXAMPLES,
     CrossEntropy,
     assert_exact,
     assert_same,
     compile_for_sum,
     global_norm,
+    labels,
     layers,
     released_sum,
+    rows,
     trainable_values,
 )
 
@@ -23,16 +26,7 @@ from tfprivacy_ft.keras_compat import IS_KERAS_3
 from tfprivacy_ft.optimizers import DPKerasSGDOptimizer
 from tfprivacy_ft.sampling import PADDING
 
-EXAMPLES = 7
 LOGITS = CrossEntropy(from_logits=True)
-
-
-def rows(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=(EXAMPLES, *shape)).astype(np.float32)
-
-
-def labels(*shape, classes=4, seed=1):
-    return np.random.default_rng(seed).integers(0, classes, (EXAMPLES, *shape))
 
 
 def sequential(*parts):

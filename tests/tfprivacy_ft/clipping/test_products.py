@@ -3,22 +3,13 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import CrossEntropy, assert_exact, assert_same, global_norm, layers, released_sum
+from helpers import CrossEntropy, assert_exact, assert_same, global_norm, labels, layers, released_sum, rows
 
 from tfprivacy_ft.clipping.products import matrices, norms
 from tfprivacy_ft.errors import UnsupportedModelError
 from tfprivacy_ft.keras_compat import keras
 
 LOGITS = CrossEntropy(from_logits=True)
-EXAMPLES = 7
-
-
-def rows(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=(EXAMPLES, *shape)).astype(np.float32)
-
-
-def labels(*shape, classes=4, seed=1):
-    return np.random.default_rng(seed).integers(0, classes, (EXAMPLES, *shape))
 
 
 def functional(shape, function):

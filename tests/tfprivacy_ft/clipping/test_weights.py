@@ -3,20 +3,11 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import CrossEntropy, assert_exact, layers
+from helpers import CrossEntropy, assert_exact, labels, layers, rows
 
 from tfprivacy_ft.keras_compat import IS_KERAS_3, keras
 
 LOGITS = CrossEntropy(from_logits=True)
-EXAMPLES = 7
-
-
-def rows(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=(EXAMPLES, *shape)).astype(np.float32)
-
-
-def labels(*shape, classes=4, seed=1):
-    return np.random.default_rng(seed).integers(0, classes, (EXAMPLES, *shape))
 
 
 class Computed(keras.Model):
