@@ -299,10 +299,18 @@ MUTANTS = (
     Mutant(
         "noise without the clip",
         "optimizers.py",
-        "self.noise.like(total, clip * multiplier)",
-        "self.noise.like(total, multiplier)",
+        "self.noise.like(sums, clip * multiplier)",
+        "self.noise.like(sums, multiplier)",
         NOISE,
         "standard",
+    ),
+    Mutant(
+        "two variables with the same noise",
+        "noise.py",
+        "parts = tf.split(drawn[: tf.add_n(sizes)], sizes)",
+        "parts = [drawn[:size] for size in sizes]",
+        NOISE,
+        "independent",
     ),
     Mutant(
         "noise from a known key",
@@ -464,7 +472,7 @@ MUTANTS = (
     Mutant(
         "no noise on the count",
         "optimizers.py",
-        "batch.votes + self.noise.like(batch.votes, self.moving_clip.count_stddev)",
+        "batch.votes + self.noise.like([batch.votes], self.moving_clip.count_stddev)[0]",
         "batch.votes",
         MOVING,
         "count_is_noisy",

@@ -103,7 +103,7 @@ class Mechanism:
         denominator = tf.where(self.expected_batch_size > 0, self.expected_batch_size, batch.rows)
         private = [total / tf.cast(denominator, total.dtype) for total in self._released(batch.sums, clip)]
         if self.moving_clip is not None:
-            votes = batch.votes + self.noise.like(batch.votes, self.moving_clip.count_stddev)
+            votes = batch.votes + self.noise.like([batch.votes], self.moving_clip.count_stddev)[0]
             self.moving_clip.move(votes, denominator, self._allowed)
         result = []
         for gradient, regular, variable in zip(private, clipped.data_independent, variables, strict=True):
@@ -127,13 +127,15 @@ class Mechanism:
         """The noisy sums, or zeros where the step was not let through."""
         multiplier = self.noise_multiplier if self.moving_clip is None else self.moving_clip.noise_multiplier
 
-        def noisy() -> list[tf.Tensor]:
-            if not multiplier:
-                return sums
-            return [total + tf.cast(self.noise.like(total, clip * multiplier), total.dtype) for total in sums]
+        def noise() -> list[tf.Tensor | float]:
+            return self.noise.like(sums, clip * multiplier) if multiplier and sums else [0.0] * len(sums)
 
-        if self.accumulator is None:  # noise needs no data, and outside of a cond is drawn beside the backward pass
-            return [tf.where(self._allowed, total, 0.0) for total in noisy()]
+        # Noise needs no data, and outside of the cond is drawn beside the backward pass; not for a part of a logical batch.
+        drawn = noise() if self.accumulator is None else None
+
+        def noisy() -> list[tf.Tensor]:
+            return [total + tf.cast(n, total.dtype) for total, n in zip(sums, drawn or noise(), strict=True)]
+
         return tf.cond(self._allowed, noisy, lambda: [tf.zeros_like(total) for total in sums])
 
     def update(self, apply: Callable[[], Any]) -> None:

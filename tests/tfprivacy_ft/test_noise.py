@@ -56,13 +56,13 @@ def test_untouched_embedding_rows_get_noise():
 
 def test_no_value_comes_twice():
     noise = GaussianNoise()
-    draws = np.concatenate([noise.like(tf.zeros([1000]), 1.0).numpy() for _ in range(20)])
+    draws = np.concatenate([noise.like([tf.zeros([1000])], 1.0)[0].numpy() for _ in range(20)])
     # 20000 values of 2^23 or more floats: a handful of equal ones is chance, a repeated draw would be 1000.
     assert len(np.unique(draws)) > 19_000
 
 
 def test_the_law_is_normal_also_in_its_tails():
-    draws = GaussianNoise().like(tf.zeros([1000, 1001]), 1.0).numpy().ravel()
+    draws = GaussianNoise().like([tf.zeros([1000, 1001])], 1.0)[0].numpy().ravel()
     assert scipy.stats.kstest(draws, "norm").pvalue > 1e-6
     for bound in (3.0, 4.0):
         expected = draws.size * 2 * scipy.stats.norm.sf(bound)
@@ -117,13 +117,22 @@ def test_two_fresh_processes_draw_different_noise(jit, tmp_path):
     assert np.abs(drawn[0] - drawn[1]).max() > 0.01
 
 
+def test_the_noises_of_several_tensors_are_independent():
+    shapes = [[3, 7], [], [501], [2, 2, 9]]
+    drawn = GaussianNoise().like([tf.zeros(shape) for shape in shapes], 2.0)
+    assert [noise.shape.as_list() for noise in drawn] == shapes
+    values = np.concatenate([noise.numpy().ravel() for noise in drawn])
+    assert len(np.unique(values)) == len(values)
+    assert 1.8 < values.std() < 2.2
+
+
 FORK = """
 import os, sys, numpy as np, tensorflow as tf
 from tfprivacy_ft.noise import GaussianNoise
 noise = GaussianNoise()
-noise.like(tf.zeros([4]), 1.0)
+noise.like([tf.zeros([4])], 1.0)[0]
 child = os.fork()
-drawn = noise.like(tf.zeros([4]), 1.0).numpy().tolist()
+drawn = noise.like([tf.zeros([4])], 1.0)[0].numpy().tolist()
 if child:
     os.waitpid(child, 0)
 os.write(1, (repr(drawn) + chr(10)).encode())

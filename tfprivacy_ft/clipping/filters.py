@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from tfprivacy_ft.clipping.calls import Convolution
 from tfprivacy_ft.clipping.patches import axes_of, pad, patches, shifts
-from tfprivacy_ft.clipping.sites import Contribution, Instantiated, flatten, keep_rows
+from tfprivacy_ft.clipping.sites import Contribution, Instantiated, flatten, keep_rows, squares
 
 _WIDE_PRODUCT = 64  # columns with which a batched product runs at full speed
 _MOST_FOR_PATCHES = 64 << 20  # bytes that all patches of a batch may take; beyond, one entry of the kernel at a time
@@ -84,7 +84,7 @@ class Transposed(Contribution):
         self._each, self._shape = each, shape
 
     def squared_norms(self) -> tf.Tensor:
-        return tf.reduce_sum(tf.square(flatten(self._each)), 1)
+        return squares(self._each)
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
         total = tf.linalg.matvec(flatten(self._each), tf.cast(weights, self._each.dtype), transpose_a=True)

@@ -8,14 +8,17 @@ over. Each example's gradient is then, for each shared index, a product inputs^T
 import dataclasses
 import math
 
+import numpy as np
 import tensorflow as tf
 
 from tfprivacy_ft.clipping.layout import Rows
-from tfprivacy_ft.clipping.sites import Contribution, Meeting, UseSite, flatten, keep_rows, widened
+from tfprivacy_ft.clipping.sites import Contribution, Meeting, UseSite, dots, flatten, keep_rows, squares, widened
 
 _GRAM_ADVANTAGE = 1.0  # how much fewer multiplications norms by pairs of rows must take
 # Of what rows of one direction would give: what rounding can hide where rows cancel.
 _GRAM_SLACK = {tf.float32: 2.0**-20, tf.float64: 2.0**-49}
+_LONGEST_ROW = 2.0**20  # beyond, rows are scaled before they are squared
+_EXPONENT = {tf.float32: (tf.int32, 0x7F80_0000), tf.float64: (tf.int64, 0x7FF0_0000_0000_0000)}  # bits of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,28 +188,18 @@ class Products(Contribution):
 
     def squared_norms(self) -> tf.Tensor:
         if self._each is not None:
-            return tf.reduce_sum(tf.square(flatten(self._each)), 1)
-        of_inputs, of_outputs = norms(self._inputs), norms(self._outputs)  # [B, (S,) T]
-        alone = of_inputs * of_outputs
-        if self._steps == 1:
-            return tf.reduce_sum(tf.square(flatten(alone)), 1)
-        return self._norms_by_pairs(of_inputs, of_outputs, alone)
+            return squares(self._each)
+        found, longest = _norms_by_pairs(self._inputs, self._outputs)
+        return tf.cond(longest <= _LONGEST_ROW**2, lambda: found, self._norms_of_extremes)
 
-    def _norms_by_pairs(self, of_inputs: tf.Tensor, of_outputs: tf.Tensor, alone: tf.Tensor) -> tf.Tensor:
-        """|sum_t a_t g_t^T|^2 = sum_{s,t} (a_s . a_t) (g_s . g_t), rounded upward (Bu et al. 2022, ghost norm).
-
-        Rows are divided by the largest norm of their example first: a square may be too small to be seen where the
-        product is not.
-        """
-        scale_in, scale_out = (tf.reduce_max(n, -1, keepdims=True) for n in (of_inputs, of_outputs))
+    def _norms_of_extremes(self) -> tf.Tensor:
+        """The same where a square could overflow, or be too small to be seen, and the product is neither."""
+        scales = [_power_of_two(tf.reduce_max(tf.abs(flatten(t)), 1)) for t in (self._inputs, self._outputs)]
         inputs, outputs = (
-            t / tf.where(s > 0, s, 1.0)[..., None] for t, s in ((self._inputs, scale_in), (self._outputs, scale_out))
+            t / tf.reshape(tf.where(scale > 0, scale, tf.ones_like(scale)), [-1] + [1] * (t.shape.rank - 1))
+            for t, scale in zip((self._inputs, self._outputs), scales, strict=True)
         )
-        pairs = tf.matmul(inputs, inputs, transpose_b=True) * tf.matmul(outputs, outputs, transpose_b=True)
-        scale = scale_in * scale_out
-        bound = tf.reduce_sum(alone / tf.where(scale > 0, scale, 1.0), -1)
-        unit = tf.maximum(tf.reduce_sum(pairs, [-2, -1]), 0.0) + _GRAM_SLACK[bound.dtype] * tf.square(bound)
-        return tf.reduce_sum(flatten((unit * tf.square(scale[..., 0]))[:, None]), 1)
+        return _norms_by_pairs(inputs, outputs)[0] * tf.square(scales[0] * scales[1])
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
         weights = tf.cast(weights, self._inputs.dtype)
@@ -270,11 +263,26 @@ def matrices(inputs: tf.Tensor, outputs: tf.Tensor, steps: int | None) -> Produc
     return Products(inputs, outputs, steps, _Arrangement(shape, (0, 1), shape))
 
 
-def norms(rows: tf.Tensor) -> tf.Tensor:
-    """The l2 norm along the last axis, of whatever magnitude.
+def _norms_by_pairs(inputs: tf.Tensor, outputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """|sum_t a_t g_t^T|^2 = sum_{s,t} (a_s . a_t) (g_s . g_t), rounded upward (Bu et al. 2022, ghost norm).
 
-    Squaring would underflow where a product of two norms does not, and a norm of 0 would not be clipped.
+    Returns:
+      An upper bound for each example, [B], which is met but for rounding; and the largest squared length of a row.
     """
-    largest = tf.reduce_max(tf.abs(rows), -1)
-    scale = tf.where(largest > 0, largest, 1.0)
-    return scale * tf.sqrt(tf.reduce_sum(tf.square(rows / scale[..., None]), -1))
+    pairs_in, pairs_out = (tf.matmul(t, t, transpose_b=True) for t in (inputs, outputs))
+    squares_in, squares_out = (tf.linalg.diag_part(pairs) for pairs in (pairs_in, pairs_out))  # [B, (S,) T]
+    rows_in, rows_out = tf.sqrt(squares_in), tf.sqrt(squares_out)
+    alone = tf.reduce_sum(flatten(tf.square(tf.reduce_sum(rows_in * rows_out, -1))[:, None]), 1)
+    squared = tf.maximum(dots(pairs_in, pairs_out), 0.0) + _GRAM_SLACK[alone.dtype] * alone
+    # Entries whose square is no normal number may count as zero.
+    entries = inputs.shape[-1] * outputs.shape[-1]
+    hidden = math.sqrt(float(np.finfo(alone.dtype.as_numpy_dtype).tiny) * entries)
+    unseen = hidden * tf.reduce_sum(flatten(rows_in + rows_out + hidden), 1)
+    longest = tf.maximum(tf.reduce_max(squares_in), tf.reduce_max(squares_out))
+    return tf.square(tf.sqrt(squared) + unseen), longest
+
+
+def _power_of_two(numbers: tf.Tensor) -> tf.Tensor:
+    """The largest one up to each of `numbers`, by which to divide without rounding; 0 for 0."""
+    kind, exponent = _EXPONENT[numbers.dtype]
+    return tf.bitcast(tf.bitwise.bitwise_and(tf.bitcast(numbers, kind), exponent), numbers.dtype)

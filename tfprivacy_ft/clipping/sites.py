@@ -86,8 +86,7 @@ class Contribution(abc.ABC):
 
     def squared_norms(self) -> tf.Tensor:
         """Squared l2 norm of each example's gradient, [B]."""
-        each = self.per_example()
-        return tf.reduce_sum(tf.square(flatten(each)), 1)
+        return squares(self.per_example())
 
     def added_to(self, other: "Contribution") -> "Contribution":
         """The sum of the two, example by example: a variable that is used twice."""
@@ -130,6 +129,17 @@ def flatten(each: tf.Tensor) -> tf.Tensor:
     """[B, ...] -> [B, n]."""
     size = each.shape[1:].num_elements()
     return tf.reshape(each, [-1, size] if size is not None else [tf.shape(each)[0], -1])
+
+
+def dots(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+    """Each example's sum of left * right over all its entries, [B, ...] -> [B], as a product, which needs no memory."""
+    left, right = (flatten(t)[:, None] for t in (left, right))
+    return tf.matmul(left, right, transpose_b=True)[:, 0, 0]
+
+
+def squares(each: tf.Tensor) -> tf.Tensor:
+    """Squared l2 norm of each example's entries, [B, ...] -> [B]."""
+    return dots(each, each)
 
 
 def keep_rows(tensor: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
