@@ -2,9 +2,7 @@
 
 import tensorflow as tf
 
-from tfprivacy_ft.clipping.sites import Contribution, Meeting, UseSite, by_example, keep_rows
-
-_LONGEST_PAIRWISE = 256  # tokens per example up to which all pairs are compared; beyond, they are sorted
+from tfprivacy_ft.clipping.sites import Contribution, Meeting, UseSite, by_example, keep_rows, squares
 
 
 class EmbeddingSite(UseSite):
@@ -41,28 +39,18 @@ class _Lookups(Contribution):
         self._indices, self._gradient, self._vocabulary, self._length = indices, gradient, vocabulary, length
 
     def squared_norms(self) -> tf.Tensor:
-        if self._length is not None and self._length <= _LONGEST_PAIRWISE:
-            return self._pairwise()
-        return self._sorted()
+        return squares(self._gradient if self._length == 1 else self._totals())
 
-    def _pairwise(self) -> tf.Tensor:
-        """Each token's row total is found once per token that names it, and so is divided by how many do."""
-        same = tf.cast(self._indices[:, :, None] == self._indices[:, None, :], self._gradient.dtype)
-        totals = tf.matmul(same, self._gradient)
-        return tf.reduce_sum(tf.reduce_sum(tf.square(totals), 2) / tf.reduce_sum(same, 2), 1)
-
-    def _sorted(self) -> tf.Tensor:
-        order = tf.argsort(self._indices, axis=1)
-        indices = tf.gather(self._indices, order, batch_dims=1)
-        gradient = tf.gather(self._gradient, order, batch_dims=1)
-        starts = tf.concat([tf.ones_like(indices[:, :1]), tf.cast(indices[:, 1:] != indices[:, :-1], tf.int32)], 1)
-        segment = tf.cumsum(tf.reshape(starts, [-1])) - 1
-        count = tf.size(indices)
-        totals = tf.math.unsorted_segment_sum(tf.reshape(gradient, [count, -1]), segment, count)
-        owner = tf.reshape(tf.repeat(tf.range(tf.shape(indices)[0]), tf.shape(indices)[1]), [-1])
-        first = tf.cast(tf.reshape(starts, [-1]), totals.dtype)
-        squares = tf.gather(tf.reduce_sum(tf.square(totals), 1), segment) * first
-        return tf.math.unsorted_segment_sum(squares, owner, tf.shape(indices)[0])
+    def _totals(self) -> tf.Tensor:
+        """What each example adds to each row that it names, [B, T, d]; zeros follow where it names fewer than T."""
+        batch_size, length = tf.unstack(tf.shape(self._indices))
+        firsts = length * tf.range(batch_size)[:, None]
+        indices, order = tf.math.top_k(self._indices, length)
+        gradient = tf.gather(tf.reshape(self._gradient, [batch_size * length, -1]), tf.reshape(firsts + order, [-1]))
+        changes = tf.cast(indices[:, 1:] != indices[:, :-1], tf.int32)
+        runs = firsts + tf.pad(tf.cumsum(changes, axis=1), [[0, 0], [1, 0]])
+        totals = tf.math.unsorted_segment_sum(gradient, tf.reshape(runs, [-1]), batch_size * length)
+        return tf.reshape(totals, tf.shape(self._gradient))
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
         weighted = self._gradient * tf.cast(weights, self._gradient.dtype)[:, None, None]
