@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENGINE = "tests/tfprivacy_ft/clipping/test_engine.py"
+EMBEDDING = "tests/tfprivacy_ft/clipping/test_embedding.py"
 PRODUCTS = "tests/tfprivacy_ft/clipping/test_products.py"
 WEIGHTS = "tests/tfprivacy_ft/clipping/test_weights.py"
 CONVOLUTION = "tests/tfprivacy_ft/clipping/test_convolution.py"
@@ -134,21 +135,37 @@ MUTANTS = (
         "Instantiated(self.per_example() + other.per_example())",
         "Instantiated(tf.sqrt(tf.square(self.per_example()) + tf.square(other.per_example())))",
         ENGINE,
-        "tied",
+        "twice",
     ),
     Mutant(
         "second use of a kernel with the data of the first",
         "clipping/products.py",
-        "tf.concat([mine._inputs, theirs._inputs], 1)",
-        "tf.concat([mine._inputs, mine._inputs], 1)",
+        "tf.concat([mine.inputs, theirs.inputs], 1)",
+        "tf.concat([mine.inputs, mine.inputs], 1)",
         PRODUCTS,
         "used_twice",
     ),
     Mutant(
+        "squares too small to be seen left out",
+        "clipping/products.py",
+        "tf.sqrt(squared) + unseen",
+        "tf.sqrt(squared)",
+        PRODUCTS,
+        "too_small",
+    ),
+    Mutant(
+        "a tied table without what its uses have in common",
+        "clipping/embedding.py",
+        " + 2 * self._in_common()",
+        "",
+        EMBEDDING,
+        "tied",
+    ),
+    Mutant(
         "tied matrix added without its transposition",
         "clipping/products.py",
-        "return matrices(self._outputs, self._inputs, self._steps)",
-        "return matrices(self._inputs, self._outputs, self._steps)",
+        "return matrices(self.outputs, self.inputs, self._steps)",
+        "return matrices(self.inputs, self.outputs, self._steps)",
         PRODUCTS,
         "tied",
     ),
@@ -163,15 +180,15 @@ MUTANTS = (
     Mutant(
         "norms by pairs of the inputs alone",
         "clipping/products.py",
-        "tf.matmul(inputs, inputs, transpose_b=True) * tf.matmul(outputs, outputs, transpose_b=True)",
-        "tf.matmul(inputs, inputs, transpose_b=True)",
+        "dots(pairs_in, pairs_out)",
+        "dots(pairs_in, tf.ones_like(pairs_out))",
         PRODUCTS,
         "norms_by_pairs or wide",
     ),
     Mutant(
         "norms by pairs not rounded upward",
         "clipping/products.py",
-        " + _GRAM_SLACK[bound.dtype] * tf.square(bound)",
+        " + ROUNDING[alone.dtype] * alone",
         "",
         PRODUCTS,
         "norms_by_pairs",
@@ -275,18 +292,10 @@ MUTANTS = (
     Mutant(
         "repeated tokens measured apart",
         "clipping/embedding.py",
-        "totals = tf.matmul(same, self._gradient)",
-        "totals = self._gradient",
-        ENGINE,
-        "masked_embedding",
-    ),
-    Mutant(
-        "repeated tokens of a long text measured apart",
-        "clipping/embedding.py",
         "tf.cast(indices[:, 1:] != indices[:, :-1], tf.int32)",
         "tf.ones_like(indices[:, 1:])",
-        ENGINE,
-        "long_text",
+        EMBEDDING,
+        "several_times",
     ),
     Mutant(
         "no clip one by one",

@@ -2,7 +2,17 @@
 
 import tensorflow as tf
 
-from tfprivacy_ft.clipping.sites import Contribution, Meeting, UseSite, by_example, keep_rows, squares
+from tfprivacy_ft.clipping.products import ROUNDING, Products
+from tfprivacy_ft.clipping.sites import (
+    Contribution,
+    Meeting,
+    UseSite,
+    by_example,
+    dots,
+    keep_rows,
+    lengths,
+    squares,
+)
 
 
 class EmbeddingSite(UseSite):
@@ -29,36 +39,91 @@ class EmbeddingSite(UseSite):
         indices = tf.reshape(indices, tf.stack([batch_size, tokens]))
         gradient = by_example(gradient, rows, batch_size)
         gradient = tf.reshape(gradient, tf.stack([batch_size, tokens, width]))
-        return _Lookups(indices, gradient, vocabulary, length)
+        return Lookups(indices, gradient, vocabulary, length)
 
 
-class _Lookups(Contribution):
+class Lookups(Contribution):
     """Example i adds gradient[i, t] to row indices[i, t] of the table."""
 
     def __init__(self, indices: tf.Tensor, gradient: tf.Tensor, vocabulary: int, length: int | None):
-        self._indices, self._gradient, self._vocabulary, self._length = indices, gradient, vocabulary, length
+        self.indices, self.gradient, self._vocabulary, self._length = indices, gradient, vocabulary, length
 
     def squared_norms(self) -> tf.Tensor:
-        return squares(self._gradient if self._length == 1 else self._totals())
+        return squares(self.gradient if self._length == 1 else self._totals())
 
     def _totals(self) -> tf.Tensor:
         """What each example adds to each row that it names, [B, T, d]; zeros follow where it names fewer than T."""
-        batch_size, length = tf.unstack(tf.shape(self._indices))
+        batch_size, length = tf.unstack(tf.shape(self.indices))
         firsts = length * tf.range(batch_size)[:, None]
-        indices, order = tf.math.top_k(self._indices, length)
-        gradient = tf.gather(tf.reshape(self._gradient, [batch_size * length, -1]), tf.reshape(firsts + order, [-1]))
+        indices, order = tf.math.top_k(self.indices, length)
+        gradient = tf.gather(tf.reshape(self.gradient, [batch_size * length, -1]), tf.reshape(firsts + order, [-1]))
         changes = tf.cast(indices[:, 1:] != indices[:, :-1], tf.int32)
         runs = firsts + tf.pad(tf.cumsum(changes, axis=1), [[0, 0], [1, 0]])
         totals = tf.math.unsorted_segment_sum(gradient, tf.reshape(runs, [-1]), batch_size * length)
-        return tf.reshape(totals, tf.shape(self._gradient))
+        return tf.reshape(totals, tf.shape(self.gradient))
+
+    def reach(self) -> tf.Tensor:
+        """What no example's gradient is longer than, [B]: were all that it adds of one direction."""
+        return tf.reduce_sum(lengths(self.gradient), 1)
+
+    def joined(self, other: Contribution) -> Contribution | None:
+        if isinstance(other, Lookups):
+            return self.and_more(other)
+        matrix = other.as_matrices() if isinstance(other, Products) else None
+        return None if matrix is None else TiedTable(self, matrix)
+
+    def and_more(self, other: "Lookups") -> "Lookups":
+        """The table is looked up at both: at so many more tokens."""
+        length = None if self._length is None or other._length is None else self._length + other._length
+        indices = tf.concat([self.indices, other.indices], 1)
+        return Lookups(indices, tf.concat([self.gradient, other.gradient], 1), self._vocabulary, length)
 
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
-        weighted = self._gradient * tf.cast(weights, self._gradient.dtype)[:, None, None]
-        return tf.math.unsorted_segment_sum(weighted, self._indices, self._vocabulary)
+        weighted = self.gradient * tf.cast(weights, self.gradient.dtype)[:, None, None]
+        return tf.math.unsorted_segment_sum(weighted, self.indices, self._vocabulary)
 
     def per_example(self) -> tf.Tensor:
-        places = tf.one_hot(self._indices, self._vocabulary, dtype=self._gradient.dtype)
-        return tf.matmul(places, self._gradient, transpose_a=True)
+        places = tf.one_hot(self.indices, self._vocabulary, dtype=self.gradient.dtype)
+        return tf.matmul(places, self.gradient, transpose_a=True)
+
+    def keep(self, rows: tf.Tensor) -> "Lookups":
+        return Lookups(self.indices, keep_rows(self.gradient, rows), self._vocabulary, self._length)
+
+
+class TiedTable(Contribution):
+    """A table that is looked up, and multiplied with elsewhere, such as by an output projection: never formed.
+
+    Args:
+      lookups: what the lookups add.
+      products: what the matrix products add, as matrices of the table's shape.
+    """
+
+    def __init__(self, lookups: Lookups, products: Products):
+        self._lookups, self._products = lookups, products
+
+    def squared_norms(self) -> tf.Tensor:
+        """|L + P|^2 = |L|^2 + |P|^2 + 2 L . P, rounded upward."""
+        separate = self._lookups.squared_norms() + self._products.squared_norms()
+        hidden = ROUNDING[separate.dtype] * tf.square(self._lookups.reach() + self._products.reach())
+        return tf.maximum(separate + 2 * self._in_common(), 0.0) + hidden
+
+    def _in_common(self) -> tf.Tensor:
+        """L . P: with L = sum_t e_{i_t} g_t^T and P = sum_s a_s h_s^T, the sum over s and t of a_s[i_t] (h_s . g_t)."""
+        inputs, outputs = self._products.inputs, self._products.outputs
+        entries = tf.gather(inputs, self._lookups.indices, axis=2, batch_dims=1)
+        return dots(entries, tf.matmul(outputs, self._lookups.gradient, transpose_b=True))
+
+    def joined(self, other: Contribution) -> Contribution | None:
+        if isinstance(other, Lookups):
+            return TiedTable(self._lookups.and_more(other), self._products)
+        products = self._products.joined(other)
+        return TiedTable(self._lookups, products) if isinstance(products, Products) else None
+
+    def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
+        return self._lookups.weighted_sum(weights) + self._products.weighted_sum(weights)
+
+    def per_example(self) -> tf.Tensor:
+        return self._lookups.per_example() + self._products.per_example()
 
     def keep(self, rows: tf.Tensor) -> Contribution:
-        return _Lookups(self._indices, keep_rows(self._gradient, rows), self._vocabulary, self._length)
+        return TiedTable(self._lookups.keep(rows), self._products.keep(rows))

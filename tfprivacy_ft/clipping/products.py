@@ -12,11 +12,21 @@ import numpy as np
 import tensorflow as tf
 
 from tfprivacy_ft.clipping.layout import Rows
-from tfprivacy_ft.clipping.sites import Contribution, Meeting, UseSite, dots, flatten, keep_rows, squares, widened
+from tfprivacy_ft.clipping.sites import (
+    Contribution,
+    Meeting,
+    UseSite,
+    dots,
+    flatten,
+    keep_rows,
+    lengths,
+    squares,
+    widened,
+)
 
 _GRAM_ADVANTAGE = 1.0  # how much fewer multiplications norms by pairs of rows must take
-# Of what rows of one direction would give: what rounding can hide where rows cancel.
-_GRAM_SLACK = {tf.float32: 2.0**-20, tf.float64: 2.0**-49}
+# Of what rows of one direction would give: what rounding can hide of a squared norm where rows cancel.
+ROUNDING = {tf.float32: 2.0**-20, tf.float64: 2.0**-49}
 _LONGEST_ROW = 2.0**20  # beyond, rows are scaled before they are squared
 _EXPONENT = {tf.float32: (tf.int32, 0x7F80_0000), tf.float64: (tf.int64, 0x7FF0_0000_0000_0000)}  # bits of it
 
@@ -181,7 +191,7 @@ class Products(Contribution):
     """
 
     def __init__(self, inputs: tf.Tensor, outputs: tf.Tensor, steps: int | None, arrangement: _Arrangement):
-        self._inputs, self._outputs, self._steps, self._arrangement = inputs, outputs, steps, arrangement
+        self.inputs, self.outputs, self._steps, self._arrangement = inputs, outputs, steps, arrangement
         width, height = inputs.shape[-1], outputs.shape[-1]
         self._by_pairs = steps is not None and steps * (width + height) * _GRAM_ADVANTAGE < width * height
         self._each = None if steps == 1 or self._by_pairs else tf.matmul(inputs, outputs, transpose_a=True)
@@ -189,71 +199,75 @@ class Products(Contribution):
     def squared_norms(self) -> tf.Tensor:
         if self._each is not None:
             return squares(self._each)
-        found, longest = _norms_by_pairs(self._inputs, self._outputs)
+        found, longest = _norms_by_pairs(self.inputs, self.outputs)
         return tf.cond(longest <= _LONGEST_ROW**2, lambda: found, self._norms_of_extremes)
 
     def _norms_of_extremes(self) -> tf.Tensor:
         """The same where a square could overflow, or be too small to be seen, and the product is neither."""
-        scales = [_power_of_two(tf.reduce_max(tf.abs(flatten(t)), 1)) for t in (self._inputs, self._outputs)]
+        scales = [_power_of_two(tf.reduce_max(tf.abs(flatten(t)), 1)) for t in (self.inputs, self.outputs)]
         inputs, outputs = (
             t / tf.reshape(tf.where(scale > 0, scale, tf.ones_like(scale)), [-1] + [1] * (t.shape.rank - 1))
-            for t, scale in zip((self._inputs, self._outputs), scales, strict=True)
+            for t, scale in zip((self.inputs, self.outputs), scales, strict=True)
         )
         return _norms_by_pairs(inputs, outputs)[0] * tf.square(scales[0] * scales[1])
 
+    def reach(self) -> tf.Tensor:
+        """What no example's gradient is longer than, [B]: were all its rows of one direction."""
+        return tf.reduce_sum(flatten(lengths(self.inputs) * lengths(self.outputs)), 1)
+
     def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
-        weights = tf.cast(weights, self._inputs.dtype)
+        weights = tf.cast(weights, self.inputs.dtype)
         if self._each is not None:
             total = tf.linalg.matvec(flatten(self._each), weights, transpose_a=True)
             return self._arrangement.apply(total, examples=False)
-        outputs = self._outputs * tf.reshape(weights, [-1] + [1] * (self._outputs.shape.rank - 1))
-        if self._inputs.shape.rank == 4:
-            return self._arrangement.apply(tf.einsum("bstp,bstq->spq", self._inputs, outputs), examples=False)
-        inputs, outputs = (tf.reshape(t, [-1, t.shape[-1]]) for t in (self._inputs, outputs))
+        outputs = self.outputs * tf.reshape(weights, [-1] + [1] * (self.outputs.shape.rank - 1))
+        if self.inputs.shape.rank == 4:
+            return self._arrangement.apply(tf.einsum("bstp,bstq->spq", self.inputs, outputs), examples=False)
+        inputs, outputs = (tf.reshape(t, [-1, t.shape[-1]]) for t in (self.inputs, outputs))
         return self._arrangement.apply(tf.matmul(inputs, outputs, transpose_a=True), examples=False)
 
     def per_example(self) -> tf.Tensor:
-        each = tf.matmul(self._inputs, self._outputs, transpose_a=True) if self._each is None else self._each
+        each = tf.matmul(self.inputs, self.outputs, transpose_a=True) if self._each is None else self._each
         return self._arrangement.apply(each, examples=True)
 
-    def keep(self, rows: tf.Tensor) -> Contribution:
-        return Products(keep_rows(self._inputs, rows), keep_rows(self._outputs, rows), self._steps, self._arrangement)
+    def keep(self, rows: tf.Tensor) -> "Products":
+        return Products(keep_rows(self.inputs, rows), keep_rows(self.outputs, rows), self._steps, self._arrangement)
 
-    def added_to(self, other: Contribution) -> Contribution:
+    def joined(self, other: Contribution) -> Contribution | None:
         """A kernel that is applied twice is applied to twice the time, however its axes are called."""
         if not isinstance(other, Products):
-            return super().added_to(other)
-        mine, theirs = (c._as_matrices() or c for c in (self, other))
-        if mine._arrangement != theirs._arrangement or mine._inputs.shape.rank != 3 or theirs._inputs.shape.rank != 3:
-            return super().added_to(other)
+            return None
+        mine, theirs = (c.as_matrices() or c for c in (self, other))
+        if mine._arrangement != theirs._arrangement or mine.inputs.shape.rank != 3 or theirs.inputs.shape.rank != 3:
+            return None
         steps = None if mine._steps is None or theirs._steps is None else mine._steps + theirs._steps
-        inputs = tf.concat([mine._inputs, theirs._inputs], 1)
-        return Products(inputs, tf.concat([mine._outputs, theirs._outputs], 1), steps, mine._arrangement)
+        inputs = tf.concat([mine.inputs, theirs.inputs], 1)
+        return Products(inputs, tf.concat([mine.outputs, theirs.outputs], 1), steps, mine._arrangement)
 
     def scaled(self, factor: tf.Tensor) -> Contribution:
-        scaled = self._outputs * tf.cast(factor, self._outputs.dtype)
-        return Products(self._inputs, scaled, self._steps, self._arrangement)
+        scaled = self.outputs * tf.cast(factor, self.outputs.dtype)
+        return Products(self.inputs, scaled, self._steps, self._arrangement)
 
     def transposed(self) -> Contribution:
-        mine = self._as_matrices()
-        return super().transposed() if mine is None else matrices(mine._outputs, mine._inputs, mine._steps)
+        mine = self.as_matrices()
+        return super().transposed() if mine is None else matrices(mine.outputs, mine.inputs, mine._steps)
 
     def times(self, matrix: tf.Tensor) -> Contribution:
-        mine = self._as_matrices()
+        mine = self.as_matrices()
         if mine is None:
             return super().times(matrix)
-        outputs = tf.matmul(mine._outputs, tf.cast(matrix, mine._outputs.dtype))
-        return matrices(mine._inputs, outputs, mine._steps)
+        outputs = tf.matmul(mine.outputs, tf.cast(matrix, mine.outputs.dtype))
+        return matrices(mine.inputs, outputs, mine._steps)
 
-    def _as_matrices(self) -> "Products | None":
+    def as_matrices(self) -> "Products | None":
         """The same with gradients that are [rows, columns] of the weight as it lies, or None if it is no such matrix."""
-        flat = (self._inputs.shape[-1], self._outputs.shape[-1])
-        if self._inputs.shape.rank != 3 or len(self._arrangement.shape) != 2:
+        flat = (self.inputs.shape[-1], self.outputs.shape[-1])
+        if self.inputs.shape.rank != 3 or len(self._arrangement.shape) != 2:
             return None
         if list(self._arrangement.order) == sorted(self._arrangement.order) and flat == self._arrangement.shape:
             return self
         if self._arrangement.order == (1, 0) and flat[::-1] == self._arrangement.shape:
-            return matrices(self._outputs, self._inputs, self._steps)
+            return matrices(self.outputs, self.inputs, self._steps)
         return None
 
 
@@ -273,7 +287,7 @@ def _norms_by_pairs(inputs: tf.Tensor, outputs: tf.Tensor) -> tuple[tf.Tensor, t
     squares_in, squares_out = (tf.linalg.diag_part(pairs) for pairs in (pairs_in, pairs_out))  # [B, (S,) T]
     rows_in, rows_out = tf.sqrt(squares_in), tf.sqrt(squares_out)
     alone = tf.reduce_sum(flatten(tf.square(tf.reduce_sum(rows_in * rows_out, -1))[:, None]), 1)
-    squared = tf.maximum(dots(pairs_in, pairs_out), 0.0) + _GRAM_SLACK[alone.dtype] * alone
+    squared = tf.maximum(dots(pairs_in, pairs_out), 0.0) + ROUNDING[alone.dtype] * alone
     # Entries whose square is no normal number may count as zero.
     entries = inputs.shape[-1] * outputs.shape[-1]
     hidden = math.sqrt(float(np.finfo(alone.dtype.as_numpy_dtype).tiny) * entries)

@@ -90,7 +90,12 @@ class Contribution(abc.ABC):
 
     def added_to(self, other: "Contribution") -> "Contribution":
         """The sum of the two, example by example: a variable that is used twice."""
-        return Instantiated(self.per_example() + other.per_example())
+        together = self.joined(other) or other.joined(self)
+        return Instantiated(self.per_example() + other.per_example()) if together is None else together
+
+    def joined(self, other: "Contribution") -> "Contribution | None":
+        """The sum of the two where this kind knows it without forming gradients."""
+        return None
 
     def scaled(self, factor: tf.Tensor) -> "Contribution":
         """Every gradient times a scalar that belongs to no example."""
@@ -140,6 +145,12 @@ def dots(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
 def squares(each: tf.Tensor) -> tf.Tensor:
     """Squared l2 norm of each example's entries, [B, ...] -> [B]."""
     return dots(each, each)
+
+
+def lengths(rows: tf.Tensor) -> tf.Tensor:
+    """The l2 norm along the last axis."""
+    squared = squares(tf.reshape(rows, [-1, rows.shape[-1]]))
+    return tf.reshape(tf.sqrt(squared), tf.shape(rows)[:-1])
 
 
 def keep_rows(tensor: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
