@@ -1,6 +1,6 @@
 """Per-example clipping of the gradients of an ordinary Keras training step."""
 
-from tfprivacy_ft.clipping.engine import ClippedSum, SlowClippingWarning, clipped_sum
+from tfprivacy_ft.clipping.engine import ClippedSum, RoundedClipWarning, SlowClippingWarning, clipped_sum
 from tfprivacy_ft.clipping.rules import Automatic, ClippingRule, Flat, PerLayer
 from tfprivacy_ft.clipping.self_check import ClippingCheck, VariableCheck, check
 
@@ -11,6 +11,7 @@ __all__ = [
     "ClippingRule",
     "Flat",
     "PerLayer",
+    "RoundedClipWarning",
     "SlowClippingWarning",
     "VariableCheck",
     "check",

@@ -36,6 +36,10 @@ class SlowClippingWarning(UserWarning):
     """Gradients are taken one example at a time, because an op has no fast rule."""
 
 
+class RoundedClipWarning(UserWarning):
+    """The device rounds matrix products more coarsely than the clip's promise allows for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ClippedSum:
     """A sum over examples in which each has sensitivity `l2_norm_clip` (add or remove one, or zero one out).
@@ -93,6 +97,7 @@ def clipped_sum(
         raise UnsupportedModelError(
             "the loss is an eager tensor, whose examples cannot be told apart: compile without run_eagerly=True."
         )
+    _warn_of_rounded_products()
     data = graphs.data_tensors(loss)
     if loss_scale is None:
         _refuse_float16(loss)
@@ -289,6 +294,16 @@ def _coupled(op: tf.Operation) -> UnsupportedModelError:
         f"layer {graphs.layer_of(op)!r} ({op.type}) lets one example see the others, so no clip bounds what one of "
         "them contributes: use GroupNormalization or LayerNormalization instead, or freeze it with `trainable=False`."
     )
+
+
+def _warn_of_rounded_products() -> None:
+    if tf.config.list_physical_devices("GPU") and tf.config.experimental.tensor_float_32_execution_enabled():
+        warnings.warn(
+            "TensorFloat-32 is on, in which a GPU rounds what it multiplies to 10 bits, so that a gradient may be about a "
+            "thousandth longer than the clip: call tf.config.experimental.enable_tensor_float_32_execution(False) first.",
+            RoundedClipWarning,
+            stacklevel=2,
+        )
 
 
 def _warn_slow(op: tf.Operation | None) -> None:

@@ -20,7 +20,7 @@ from helpers import (
     trainable_values,
 )
 
-from tfprivacy_ft.clipping import SlowClippingWarning, reference
+from tfprivacy_ft.clipping import RoundedClipWarning, SlowClippingWarning, reference
 from tfprivacy_ft.errors import UnsupportedModelError
 from tfprivacy_ft.keras_compat import IS_KERAS_3
 from tfprivacy_ft.optimizers import DPKerasSGDOptimizer
@@ -636,3 +636,16 @@ def test_draws_inside_a_function_are_no_sign_of_coupling():
     noisy = tf.function(lambda t: t + tf.random.normal(tf.shape(t)))
     model = sequential((5,), layers.Dense(4), layers.Lambda(noisy), layers.Dense(4))
     assert global_norm(released_sum(model, LOGITS, rows(5), labels(), 0.1)) <= EXAMPLES * 0.1 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "rounded", "warned"), [(["GPU:0"], True, True), (["GPU:0"], False, False), ([], True, False)]
+)
+def test_products_that_a_gpu_rounds_are_warned_of(monkeypatch, gpus, rounded, warned):
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: gpus if kind == "GPU" else [])
+    monkeypatch.setattr(tf.config.experimental, "tensor_float_32_execution_enabled", lambda: rounded)
+    model = compile_for_sum(sequential((5,), layers.Dense(4)), LOGITS, 1.0)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model.fit(rows(5), labels(), verbose=0)
+    assert any(w.category is RoundedClipWarning for w in seen) == warned
