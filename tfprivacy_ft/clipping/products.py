@@ -24,7 +24,6 @@ from tfprivacy_ft.clipping.sites import (
     widened,
 )
 
-_GRAM_ADVANTAGE = 1.0  # how much fewer multiplications norms by pairs of rows must take
 # Of what rows of one direction would give: what rounding can hide of a squared norm where rows cancel.
 ROUNDING = {tf.float32: 2.0**-20, tf.float64: 2.0**-49}
 _LONGEST_ROW = 2.0**20  # beyond, rows are scaled before they are squared
@@ -193,7 +192,7 @@ class Products(Contribution):
     def __init__(self, inputs: tf.Tensor, outputs: tf.Tensor, steps: int | None, arrangement: _Arrangement):
         self.inputs, self.outputs, self._steps, self._arrangement = inputs, outputs, steps, arrangement
         width, height = inputs.shape[-1], outputs.shape[-1]
-        self._by_pairs = steps is not None and steps * (width + height) * _GRAM_ADVANTAGE < width * height
+        self._by_pairs = steps is not None and steps * (width + height) <= width * height
         self._each = None if steps == 1 or self._by_pairs else tf.matmul(inputs, outputs, transpose_a=True)
 
     def squared_norms(self) -> tf.Tensor:
@@ -220,10 +219,15 @@ class Products(Contribution):
         if self._each is not None:
             total = tf.linalg.matvec(flatten(self._each), weights, transpose_a=True)
             return self._arrangement.apply(total, examples=False)
-        outputs = self.outputs * tf.reshape(weights, [-1] + [1] * (self.outputs.shape.rank - 1))
-        if self.inputs.shape.rank == 4:
-            return self._arrangement.apply(tf.einsum("bstp,bstq->spq", self.inputs, outputs), examples=False)
-        inputs, outputs = (tf.reshape(t, [-1, t.shape[-1]]) for t in (self.inputs, outputs))
+        inputs, outputs = self.inputs, self.outputs
+        weights = tf.reshape(weights, [-1] + [1] * (inputs.shape.rank - 1))
+        if inputs.shape[-1] < outputs.shape[-1]:
+            inputs = inputs * weights
+        else:
+            outputs = outputs * weights
+        if inputs.shape.rank == 4:
+            return self._arrangement.apply(tf.einsum("bstp,bstq->spq", inputs, outputs), examples=False)
+        inputs, outputs = (tf.reshape(t, [-1, t.shape[-1]]) for t in (inputs, outputs))
         return self._arrangement.apply(tf.matmul(inputs, outputs, transpose_a=True), examples=False)
 
     def per_example(self) -> tf.Tensor:
