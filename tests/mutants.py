@@ -151,7 +151,7 @@ MUTANTS = (
         "tf.sqrt(squared) + unseen",
         "tf.sqrt(squared)",
         PRODUCTS,
-        "too_small",
+        "magnitude",
     ),
     Mutant(
         "a tied table without what its uses have in common",

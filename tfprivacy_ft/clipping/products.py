@@ -26,8 +26,6 @@ from tfprivacy_ft.clipping.sites import (
 
 # Of what rows of one direction would give: what rounding can hide of a squared norm where rows cancel.
 ROUNDING = {tf.float32: 2.0**-20, tf.float64: 2.0**-49}
-_LONGEST_ROW = 2.0**20  # beyond, rows are scaled before they are squared
-_EXPONENT = {tf.float32: (tf.int32, 0x7F80_0000), tf.float64: (tf.int64, 0x7FF0_0000_0000_0000)}  # bits of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,17 +196,7 @@ class Products(Contribution):
     def squared_norms(self) -> tf.Tensor:
         if self._each is not None:
             return squares(self._each)
-        found, longest = _norms_by_pairs(self.inputs, self.outputs)
-        return tf.cond(longest <= _LONGEST_ROW**2, lambda: found, self._norms_of_extremes)
-
-    def _norms_of_extremes(self) -> tf.Tensor:
-        """The same where a square could overflow, or be too small to be seen, and the product is neither."""
-        scales = [_power_of_two(tf.reduce_max(tf.abs(flatten(t)), 1)) for t in (self.inputs, self.outputs)]
-        inputs, outputs = (
-            t / tf.reshape(tf.where(scale > 0, scale, tf.ones_like(scale)), [-1] + [1] * (t.shape.rank - 1))
-            for t, scale in zip((self.inputs, self.outputs), scales, strict=True)
-        )
-        return _norms_by_pairs(inputs, outputs)[0] * tf.square(scales[0] * scales[1])
+        return _norms_by_pairs(self.inputs, self.outputs)
 
     def reach(self) -> tf.Tensor:
         """What no example's gradient is longer than, [B]: were all its rows of one direction."""
@@ -281,26 +269,16 @@ def matrices(inputs: tf.Tensor, outputs: tf.Tensor, steps: int | None) -> Produc
     return Products(inputs, outputs, steps, _Arrangement(shape, (0, 1), shape))
 
 
-def _norms_by_pairs(inputs: tf.Tensor, outputs: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def _norms_by_pairs(inputs: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
     """|sum_t a_t g_t^T|^2 = sum_{s,t} (a_s . a_t) (g_s . g_t), rounded upward (Bu et al. 2022, ghost norm).
 
-    Returns:
-      An upper bound for each example, [B], which is met but for rounding; and the largest squared length of a row.
+    Between 1e-12 and 1e12 the lengths of rows do not matter; beyond, it is an upper bound, or not finite.
     """
     pairs_in, pairs_out = (tf.matmul(t, t, transpose_b=True) for t in (inputs, outputs))
-    squares_in, squares_out = (tf.linalg.diag_part(pairs) for pairs in (pairs_in, pairs_out))  # [B, (S,) T]
-    rows_in, rows_out = tf.sqrt(squares_in), tf.sqrt(squares_out)
+    rows_in, rows_out = (tf.sqrt(tf.linalg.diag_part(pairs)) for pairs in (pairs_in, pairs_out))  # [B, (S,) T]
     alone = tf.reduce_sum(flatten(tf.square(tf.reduce_sum(rows_in * rows_out, -1))[:, None]), 1)
     squared = tf.maximum(dots(pairs_in, pairs_out), 0.0) + ROUNDING[alone.dtype] * alone
     # Entries whose square is no normal number may count as zero.
-    entries = inputs.shape[-1] * outputs.shape[-1]
-    hidden = math.sqrt(float(np.finfo(alone.dtype.as_numpy_dtype).tiny) * entries)
+    hidden = math.sqrt(float(np.finfo(alone.dtype.as_numpy_dtype).tiny) * inputs.shape[-1] * outputs.shape[-1])
     unseen = hidden * tf.reduce_sum(flatten(rows_in + rows_out + hidden), 1)
-    longest = tf.maximum(tf.reduce_max(squares_in), tf.reduce_max(squares_out))
-    return tf.square(tf.sqrt(squared) + unseen), longest
-
-
-def _power_of_two(numbers: tf.Tensor) -> tf.Tensor:
-    """The largest one up to each of `numbers`, by which to divide without rounding; 0 for 0."""
-    kind, exponent = _EXPONENT[numbers.dtype]
-    return tf.bitcast(tf.bitwise.bitwise_and(tf.bitcast(numbers, kind), exponent), numbers.dtype)
+    return tf.square(tf.sqrt(squared) + unseen)

@@ -165,7 +165,7 @@ def test_equals_a_loop_when_compiled_by_xla():
 
 
 @pytest.mark.parametrize("steps", [2, 5])
-@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e15])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_norms_by_pairs_are_those_of_the_formed_gradients(steps, scale):
     random = np.random.default_rng(0)
     inputs, outputs = random.normal(size=(4, steps, 40)), random.normal(size=(4, steps, 50))
@@ -173,8 +173,8 @@ def test_norms_by_pairs_are_those_of_the_formed_gradients(steps, scale):
     by_pairs = matrices(tf.constant(inputs * scale, tf.float32), tf.constant(outputs / scale, tf.float32), steps)
     assert by_pairs._by_pairs
     expected = np.square(np.einsum("btp,btq->bpq", inputs, outputs)).sum((1, 2))
-    # An upper bound: of a gradient that is zero, the square of what could hide below the smallest square.
-    np.testing.assert_allclose(by_pairs.squared_norms(), expected, rtol=1e-5, atol=1e-30)
+    # An upper bound: of a gradient that is zero it is what could hide below the smallest square.
+    np.testing.assert_allclose(by_pairs.squared_norms(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_norms_by_pairs_never_fall_below_where_rows_cancel():
@@ -189,14 +189,19 @@ def test_norms_by_pairs_never_fall_below_where_rows_cancel():
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_norms_by_pairs_never_fall_below_where_squares_are_too_small_to_be_seen(steps):
-    """One row is short where the other is long: scaled by the largest entry, the square of either vanishes."""
-    inputs, outputs = np.full((1, steps, 40), 1e-18, np.float32), np.full((1, steps, 50), 1e15, np.float32)
-    inputs[0, -1], outputs[0, -1] = (1e15, 1e-18) if steps > 1 else (1e-22, 1e6)
+@pytest.mark.parametrize("scale", [1e-35, 1e-25, 1e-18, 1e-15, 1e15, 1e18, 1e25, 1e35])
+def test_norms_by_pairs_of_any_magnitude_are_upper_bounds_or_not_finite(steps, scale):
+    """Squares may vanish or overflow where the product does neither; an example that is not finite adds nothing."""
+    random = np.random.default_rng(2)
+    inputs = (random.normal(size=(4, steps, 40)) * scale).astype(np.float32)
+    outputs = (random.normal(size=(4, steps, 50)) / scale).astype(np.float32)
+    if steps > 1:
+        inputs[:, -1], outputs[:, -1] = inputs[:, -1] / scale**2, outputs[:, -1] * scale**2
     contribution = matrices(tf.constant(inputs), tf.constant(outputs), steps)
     assert contribution._each is None
-    true = np.square(np.einsum("btp,btq->bpq", inputs.astype(np.float64), outputs.astype(np.float64))).sum()
-    assert float(contribution.squared_norms()[0]) >= true * (1 - 1e-4)
+    true = np.square(np.einsum("btp,btq->bpq", inputs.astype(np.float64), outputs.astype(np.float64))).sum((1, 2))
+    found = contribution.squared_norms().numpy()
+    assert (~np.isfinite(found) | (found >= true * (1 - 1e-4))).all()
 
 
 def test_a_row_beyond_all_measure_does_not_move_the_norms_of_others():
