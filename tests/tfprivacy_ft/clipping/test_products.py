@@ -193,10 +193,10 @@ def test_norms_by_pairs_never_fall_below_where_rows_cancel():
 def test_norms_by_pairs_of_any_magnitude_are_upper_bounds_or_not_finite(steps, scale):
     """Squares may vanish or overflow where the product does neither; an example that is not finite adds nothing."""
     random = np.random.default_rng(2)
-    inputs = (random.normal(size=(4, steps, 40)) * scale).astype(np.float32)
-    outputs = (random.normal(size=(4, steps, 50)) / scale).astype(np.float32)
-    if steps > 1:
-        inputs[:, -1], outputs[:, -1] = inputs[:, -1] / scale**2, outputs[:, -1] * scale**2
+    scales = np.full((steps, 1), scale)
+    scales[-1] = 1 / scale if steps > 1 else scale  # the last row is long where the others are short
+    inputs = (random.normal(size=(4, steps, 40)) * scales).astype(np.float32)
+    outputs = (random.normal(size=(4, steps, 50)) / scales).astype(np.float32)
     contribution = matrices(tf.constant(inputs), tf.constant(outputs), steps)
     assert contribution._each is None
     true = np.square(np.einsum("btp,btq->bpq", inputs.astype(np.float64), outputs.astype(np.float64))).sum((1, 2))
