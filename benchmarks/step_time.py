@@ -2,11 +2,12 @@
 
 All take turns in one process on the same batch; times are medians over steps. On a machine that other work shares only the
 ratios of one run mean something. `--memory` adds the peak of a process of its own for each, `--growth` a second table of how
-both grow with batch, width and depth of a dense network, `--png FILE` a picture of what was measured.
+both grow with batch, width and depth of a dense network. A picture of what was measured goes to `step_time.png`.
 """
 
 import argparse
 import os
+import pathlib
 import statistics
 import subprocess
 import sys
@@ -20,15 +21,18 @@ import tensorflow as tf
 from _models import WORKS, Work, images, mlp
 
 from tfprivacy_ft import PrivacyPlan
+from tfprivacy_ft.noise import GaussianNoise
 from tfprivacy_ft.optimizers import DPKerasSGDOptimizer
 
 CLIP, NOISE, LEARNING_RATE = 1.0, 1.1, 0.1
 PLAIN, OURS, PEER = "plain Keras", "tfprivacy_ft", "tensorflow_privacy"
-GROWTH = {
-    "batch": {n: (mlp(), n) for n in (64, 256, 1024, 4096)},
-    "width": {n: (mlp(width=n), 256) for n in (128, 256, 512, 1024)},
-    "depth": {n: (mlp(width=256, depth=n), 256) for n in (1, 2, 4, 8)},
-}
+GROWTH = {"batch": (64, 256, 1024, 4096), "width": (128, 256, 512, 1024), "depth": (1, 2, 4, 8)}
+
+
+def grown(axis, value):
+    """A dense network, and the batch size, with `axis` at `value` and all else as it is elsewhere."""
+    setting = {"batch": 256, "width": 512 if axis == "batch" else 256, "depth": 2, axis: value}
+    return Work("", mlp(setting["width"], setting["depth"]), images(784), {}), setting["batch"]
 
 
 class StepTimer(tf.keras.callbacks.Callback):
@@ -92,9 +96,21 @@ def contend(work, batch_size, rounds, steps, peer=False):
     return found
 
 
-def peak_of(model, batch_size, name):
-    """MiB of a process that only takes some of these steps."""
-    command = [sys.executable, __file__, "--models", model, "--batch-sizes", str(batch_size), "--peak-of", name]
+def noise_milliseconds(model, steps):
+    """Of drawing the noise for all trainable variables, and nothing else."""
+    noise, values = GaussianNoise(), [tf.zeros(v.shape) for v in model.trainable_variables]
+    draw = tf.function(lambda: noise.like(values, CLIP * NOISE))
+    seconds = []
+    for _ in range(steps + 3):
+        start = time.perf_counter()
+        draw()
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(seconds[3:])
+
+
+def peak_of(case, name):
+    """MiB of a process that only takes some steps of what the arguments `case` name."""
+    command = [sys.executable, __file__, *map(str, case), "--peak-of", name]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(ran.stdout.split()[-1])
 
@@ -115,24 +131,31 @@ def table(found):
 
 
 def growth(rounds, steps):
-    """axis -> [(value, plain ms, private ms)]."""
+    """axis -> [(value, plain ms, private ms, plain MiB, private MiB)]."""
     found = {}
-    for axis, settings in GROWTH.items():
-        print(f"  {axis:8} {'plain ms':>10} {'private ms':>12} {'ratio':>7}")
-        for value, (build, batch_size) in settings.items():
-            times = contend(Work("", build, images(784), {}), batch_size, rounds, steps)
+    for axis, values in GROWTH.items():
+        print(
+            f"  {axis:8} {'plain ms':>10} {'private ms':>12} {'ratio':>7} {'plain MiB':>11} {'private MiB':>12} {'ratio':>7}"
+        )
+        for value in values:
+            times = contend(*grown(axis, value), rounds, steps)
             plain, ours = times[PLAIN].milliseconds, times[OURS].milliseconds
-            found.setdefault(axis, []).append((value, plain, ours))
-            print(f"  {value:8} {plain:10.1f} {ours:12.1f} {ours / plain:7.2f}", flush=True)
+            peaks = [peak_of(["--grown", axis, value], name) for name in (PLAIN, OURS)]
+            found.setdefault(axis, []).append((value, plain, ours, *peaks))
+            print(
+                f"  {value:8} {plain:10.1f} {ours:12.1f} {ours / plain:7.2f}"
+                f" {peaks[0]:11.0f} {peaks[1]:12.0f} {peaks[1] / peaks[0]:7.2f}",
+                flush=True,
+            )
     return found
 
 
-def picture(path, ratios, grown):
-    """Ratios as bars beside their targets, and growth as lines."""
+def picture(path, ratios, growths):
+    """Ratios as bars beside their targets, and how time and memory grow as lines."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.2 + 3 * bool(grown)), layout="constrained")
-    rows = figure.subfigures(2 if grown else 1, 1, squeeze=False).ravel()
+    figure = Figure(figsize=(9, 3.2 + 5 * bool(growths)), layout="constrained")
+    rows = figure.subfigures(2 if growths else 1, 1, squeeze=False, height_ratios=[3.2, 5][: 1 + bool(growths)]).ravel()
     axes = rows[0].subplots()
     names = list(ratios)
     axes.bar(range(len(names)), [ratios[n][0] for n in names], color="#4477aa", label="measured")
@@ -140,13 +163,20 @@ def picture(path, ratios, grown):
     axes.set_xticks(range(len(names)), names, fontsize=7)
     axes.set_ylabel("times a plain step")
     axes.legend()
-    if grown:
-        for panel, (axis, points) in zip(rows[1].subplots(1, len(grown)), grown.items(), strict=True):
-            values = [p[0] for p in points]
-            panel.plot(values, [p[1] for p in points], "o-", color="#bbbbbb", label="plain")
-            panel.plot(values, [p[2] for p in points], "o-", color="#4477aa", label="private")
-            panel.set(xlabel=axis, ylabel="ms per step", xscale="log", yscale="log", ylim=(1, None))
-            panel.legend()
+    if growths:
+        panels = rows[1].subplots(2, len(growths), sharex="col")
+        for column, (axis, points) in enumerate(growths.items()):
+            values, *lines = zip(*points, strict=True)
+            for row, label in enumerate(("ms per step", "peak MiB")):
+                panel = panels[row][column]
+                panel.plot(values, lines[2 * row], "o-", color="#bbbbbb", label="plain")
+                panel.plot(values, lines[2 * row + 1], "o-", color="#4477aa", label="private")
+                panel.set(xscale="log", yscale="log", ylim=(1 if row == 0 else 100, None))
+                panel.set_xticks(values, map(str, values), minor=False)
+                panel.minorticks_off()
+                panels[1][column].set_xlabel(axis)
+                panels[row][0].set_ylabel(label)
+        panels[0][0].legend()
     figure.savefig(path, dpi=120)
 
 
@@ -159,12 +189,16 @@ def main():
     parser.add_argument("--peer", action="store_true", help="tensorflow_privacy too, on MLP and CNN; takes minutes")
     parser.add_argument("--memory", action="store_true", help="peak memory, each in a process of its own")
     parser.add_argument("--growth", action="store_true", help="how time grows with batch, width and depth")
-    parser.add_argument("--png", help="file for a picture of it all")
+    picture_file = pathlib.Path(__file__).with_suffix(".png")
+    parser.add_argument("--png", default=picture_file, help="file for a picture of it all (default: step_time.png)")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    parser.add_argument("--grown", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     if arguments.peak_of:
-        return show_peak(WORKS[arguments.models[0]], arguments.batch_sizes[0], arguments.peak_of)
+        axis, value = arguments.grown or (None, None)
+        case = grown(axis, int(value)) if axis else (WORKS[arguments.models[0]], arguments.batch_sizes[0])
+        return show_peak(*case, arguments.peak_of)
 
     ratios = {}
     for model in arguments.models:
@@ -174,15 +208,15 @@ def main():
             target = work.targets.get(size, float("nan"))
             print(f"{work.title}, {found[PLAIN].model.count_params():,} parameters, batch {size}, target {target}")
             table(found)
+            alone = noise_milliseconds(found[OURS].model, arguments.rounds * arguments.steps)
+            print(f"  {'its noise alone':20} {alone:12.1f} {alone / found[PLAIN].milliseconds:12.2f}")
             ratios[f"{model}\n{size}"] = (found[OURS].milliseconds / found[PLAIN].milliseconds, target)
             if arguments.memory:
-                plain, ours = (peak_of(model, size, name) for name in (PLAIN, OURS))
+                plain, ours = (peak_of(["--models", model, "--batch-sizes", size], name) for name in (PLAIN, OURS))
                 print(f"  peak memory: plain {plain:.0f} MiB, private {ours:.0f} MiB, {ours / plain:.2f} times")
             print(flush=True)
             tf.keras.backend.clear_session()
-    grown = growth(arguments.rounds, arguments.steps) if arguments.growth else {}
-    if arguments.png:
-        picture(arguments.png, ratios, grown)
+    picture(arguments.png, ratios, growth(arguments.rounds, arguments.steps) if arguments.growth else {})
 
 
 if __name__ == "__main__":
