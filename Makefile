@@ -67,7 +67,7 @@ mutants: $(stamp)
 	@$(bin)/python tests/mutants.py
 
 clean:
-	rm -rf .venv .venv-current build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-current benchmarks/.peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find tfprivacy_ft federated tests benchmarks notebooks -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is written last, so an installation that was cut short starts over; --clear leaves nothing of an older lock.
