@@ -188,8 +188,8 @@ MUTANTS = (
     Mutant(
         "norms by pairs not rounded upward",
         "clipping/products.py",
-        " + ROUNDING[alone.dtype] * alone",
-        "",
+        "squared += ROUNDING[alone.dtype] * alone",
+        "pass",
         PRODUCTS,
         "norms_by_pairs",
     ),
