@@ -171,7 +171,7 @@ def picture(path, ratios, growths):
                 panel = panels[row][column]
                 panel.plot(values, lines[2 * row], "o-", color="#bbbbbb", label="plain")
                 panel.plot(values, lines[2 * row + 1], "o-", color="#4477aa", label="private")
-                panel.set(xscale="log", yscale="log", ylim=(1 if row == 0 else 100, None))
+                panel.set(xscale="log", yscale="log" if row == 0 else "linear", ylim=(1 - row, None))
                 panel.set_xticks(values, map(str, values), minor=False)
                 panel.minorticks_off()
                 panels[1][column].set_xlabel(axis)
