@@ -187,8 +187,10 @@ def main():
     parser.add_argument("--rounds", type=int, default=6, help="turns that the contenders take")
     parser.add_argument("--steps", type=int, default=10, help="steps in a turn")
     parser.add_argument("--peer", action="store_true", help="tensorflow_privacy too, on MLP and CNN; takes minutes")
-    parser.add_argument("--memory", action="store_true", help="peak memory, each in a process of its own")
-    parser.add_argument("--growth", action="store_true", help="how time grows with batch, width and depth")
+    parser.add_argument("--memory", action="store_true", help="peak memory, each in a process of its own (Linux)")
+    parser.add_argument(
+        "--growth", action="store_true", help="how time and memory grow with batch, width and depth (Linux)"
+    )
     picture_file = pathlib.Path(__file__).with_suffix(".png")
     parser.add_argument("--png", default=picture_file, help="file for a picture of it all (default: step_time.png)")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)

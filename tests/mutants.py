@@ -316,8 +316,8 @@ MUTANTS = (
     Mutant(
         "two variables with the same noise",
         "noise.py",
-        "parts = tf.split(drawn[: tf.add_n(sizes)], sizes)",
-        "parts = [drawn[:size] for size in sizes]",
+        "parts = tf.split(self._normal((count + 1) // 2, stddev)[:count], sizes)",
+        "drawn = self._normal((count + 1) // 2, stddev)\n        parts = [drawn[:size] for size in sizes]",
         NOISE,
         "independent",
     ),

@@ -50,8 +50,8 @@ class GaussianNoise:
         """Noise of the shapes of `values`, float32, with standard deviation `stddev`; each call draws anew."""
         shapes = [tf.shape(value) for value in values]
         sizes = [tf.reduce_prod(shape) for shape in shapes]
-        drawn = self._normal((tf.add_n(sizes) + 1) // 2, stddev)
-        parts = tf.split(drawn[: tf.add_n(sizes)], sizes)
+        count = tf.add_n(sizes)
+        parts = tf.split(self._normal((count + 1) // 2, stddev)[:count], sizes)
         return [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _normal(self, pairs: tf.Tensor, stddev: tf.Tensor | float) -> tf.Tensor:
