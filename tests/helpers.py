@@ -33,6 +33,8 @@ def compile_for_sum(model, loss, l2_norm_clip, *, private=None, clipping=None, *
     settings = {"expected_batch_size": 1, "clipping": clipping, **(private or {})}
     optimizer = DPKerasSGDOptimizer(l2_norm_clip, 0.0, None, 1.0, **settings)
     model.compile(optimizer=optimizer, loss=loss, **options)
+    if model.built:  # else Keras 2 would trace the step twice, the first time to make the optimizer's variables
+        optimizer.build(model.trainable_variables)
     return model
 
 

@@ -51,8 +51,8 @@ MUTANTS = (
     Mutant(
         "bad rows kept",
         "clipping/engine.py",
-        "c.keep(finite).weighted_sum",
-        "c.weighted_sum",
+        "lambda: [[keep_rows(part, finite) for part in of_variable] for of_variable in parts],",
+        "lambda: parts,",
         ENGINE,
         "bad_example or weight_zero",
     ),

@@ -9,7 +9,6 @@ from tfprivacy_ft.clipping.sites import (
     UseSite,
     by_example,
     dots,
-    keep_rows,
     lengths,
     squares,
 )
@@ -78,16 +77,17 @@ class Lookups(Contribution):
         indices = tf.concat([self.indices, other.indices], 1)
         return Lookups(indices, tf.concat([self.gradient, other.gradient], 1), self._vocabulary, length)
 
-    def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
-        weighted = self.gradient * tf.cast(weights, self.gradient.dtype)[:, None, None]
+    def parts(self) -> list[tf.Tensor]:
+        return [self.gradient]
+
+    def weighted_sum(self, parts: list[tf.Tensor], weights: tf.Tensor) -> tf.Tensor:
+        (gradient,) = parts
+        weighted = gradient * tf.cast(weights, gradient.dtype)[:, None, None]
         return tf.math.unsorted_segment_sum(weighted, self.indices, self._vocabulary)
 
     def per_example(self) -> tf.Tensor:
         places = tf.one_hot(self.indices, self._vocabulary, dtype=self.gradient.dtype)
         return tf.matmul(places, self.gradient, transpose_a=True)
-
-    def keep(self, rows: tf.Tensor) -> "Lookups":
-        return Lookups(self.indices, keep_rows(self.gradient, rows), self._vocabulary, self._length)
 
 
 class TiedTable(Contribution):
@@ -119,11 +119,12 @@ class TiedTable(Contribution):
         products = self._products.joined(other)
         return TiedTable(self._lookups, products) if isinstance(products, Products) else None
 
-    def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
-        return self._lookups.weighted_sum(weights) + self._products.weighted_sum(weights)
+    def parts(self) -> list[tf.Tensor]:
+        return [*self._lookups.parts(), *self._products.parts()]
+
+    def weighted_sum(self, parts: list[tf.Tensor], weights: tf.Tensor) -> tf.Tensor:
+        looked_up, *multiplied = parts
+        return self._lookups.weighted_sum([looked_up], weights) + self._products.weighted_sum(multiplied, weights)
 
     def per_example(self) -> tf.Tensor:
         return self._lookups.per_example() + self._products.per_example()
-
-    def keep(self, rows: tf.Tensor) -> Contribution:
-        return TiedTable(self._lookups.keep(rows), self._products.keep(rows))

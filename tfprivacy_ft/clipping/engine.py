@@ -22,7 +22,7 @@ from tfprivacy_ft.clipping.embedding import EmbeddingSite
 from tfprivacy_ft.clipping.layout import COUPLED, Layouts
 from tfprivacy_ft.clipping.products import ProductSite
 from tfprivacy_ft.clipping.rules import ClippingRule, Flat, weights_of
-from tfprivacy_ft.clipping.sites import Contribution, UseSite, precision
+from tfprivacy_ft.clipping.sites import Contribution, UseSite, keep_rows, precision
 from tfprivacy_ft.clipping.terms import Share, find_shares, find_terms
 from tfprivacy_ft.clipping.weights import Use, find_uses, pulled_back
 from tfprivacy_ft.errors import UnsupportedModelError
@@ -195,16 +195,15 @@ def _clip_and_sum(
     finite = tf.math.is_finite(norms)
     weights = [tf.where(finite & real, w / loss_scale, 0.0) for w in weigh(squares)] if squares else []
     used = [(c, w) for c, w in zip(contributions, weights, strict=True) if c is not None]
+    parts = [c.parts() for c, _ in used]
     # Zero times NaN is NaN, so bad rows are blanked; that costs a copy, and is done only where there are any.
-    sums = iter(
-        tf.cond(
+    if parts:
+        parts = tf.cond(
             tf.reduce_all(finite),
-            lambda: [c.weighted_sum(w) for c, w in used],
-            lambda: [c.keep(finite).weighted_sum(w) for c, w in used],
+            lambda: parts,
+            lambda: [[keep_rows(part, finite) for part in of_variable] for of_variable in parts],
         )
-        if used
-        else []
-    )
+    sums = iter([c.weighted_sum(of_variable, w) for (c, w), of_variable in zip(used, parts, strict=True)])
     return [
         tf.zeros(v.shape, precision([v])) if c is None else tf.ensure_shape(next(sums), v.shape)
         for c, v in zip(contributions, variables, strict=True)

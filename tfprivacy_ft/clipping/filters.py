@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from tfprivacy_ft.clipping.calls import Convolution
 from tfprivacy_ft.clipping.patches import axes_of, pad, patches, shifts
-from tfprivacy_ft.clipping.sites import Contribution, Instantiated, flatten, keep_rows, squares
+from tfprivacy_ft.clipping.sites import Arrangement, Contribution, Instantiated
 
 _WIDE_PRODUCT = 64  # columns with which a batched product runs at full speed
 _MOST_FOR_PATCHES = 64 << 20  # bytes that all patches of a batch may take; beyond, one entry of the kernel at a time
@@ -43,7 +43,9 @@ def filter_gradients(
         if 4 * entries * likely_rows <= _MOST_FOR_PATCHES:
             seen = _by_example(patches(images, axes), batch_size)
             if 2 * width <= min(seen.shape[2], _WIDE_PRODUCT):
-                return Transposed(tf.matmul(by_example, seen, transpose_a=True), shape)
+                # With few filters a fifth faster than the other way round.
+                arrangement = Arrangement((width, seen.shape[2]), (1, 0), shape)
+                return Instantiated(tf.matmul(by_example, seen, transpose_a=True), arrangement)
             return Instantiated(tf.reshape(tf.matmul(seen, by_example, transpose_a=True), [-1, *shape]))
     each: list[tf.Tensor] = []
     padded = pad(images, axes)
@@ -75,23 +77,3 @@ def _leading(tensor: tf.Tensor) -> list:
 def _by_example(tensor: tf.Tensor, batch_size) -> tf.Tensor:
     """[B * rows, ..., n] -> [B, rows * positions, n]."""
     return tf.reshape(tensor, tf.stack([batch_size, -1, tensor.shape[-1]]))
-
-
-class Transposed(Contribution):
-    """Filters' gradients, formed as [B, d, kernel * c]: with few filters a fifth faster than the other way round."""
-
-    def __init__(self, each: tf.Tensor, shape: tuple[int, ...]):
-        self._each, self._shape = each, shape
-
-    def squared_norms(self) -> tf.Tensor:
-        return squares(self._each)
-
-    def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
-        total = tf.linalg.matvec(flatten(self._each), tf.cast(weights, self._each.dtype), transpose_a=True)
-        return tf.reshape(tf.transpose(tf.reshape(total, self._each.shape[1:])), self._shape)
-
-    def per_example(self) -> tf.Tensor:
-        return tf.reshape(tf.transpose(self._each, [0, 2, 1]), [-1, *self._shape])
-
-    def keep(self, rows: tf.Tensor) -> Contribution:
-        return Transposed(keep_rows(self._each, rows), self._shape)

@@ -6,6 +6,7 @@ over. Each example's gradient is then, for each shared index, a product inputs^T
 """
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -13,14 +14,14 @@ import tensorflow as tf
 
 from tfprivacy_ft.clipping.layout import Rows
 from tfprivacy_ft.clipping.sites import (
+    Arrangement,
     Contribution,
+    Instantiated,
     Meeting,
     UseSite,
     dots,
     flatten,
-    keep_rows,
     lengths,
-    squares,
     widened,
 )
 
@@ -79,7 +80,7 @@ class ProductSite(UseSite):
         steps = None if None in time else math.prod(time)
         inputs = _by_example(inputs, kept, labels, labels.inner, sizes, rows.fold, batch_size)
         outputs = _by_example(widened(gradient), labels.output, labels, labels.outer, sizes, rows.fold, batch_size)
-        return Products(inputs, outputs, steps, _Arrangement.of(labels, sizes, meeting.variable_shape))
+        return Products(inputs, outputs, steps, _arrangement(labels, sizes, meeting.variable_shape))
 
 
 def _labels(meeting: Meeting) -> Labels | None:
@@ -155,26 +156,10 @@ def _transposed(tensor: tf.Tensor, order: list[int]) -> tf.Tensor:
     return tensor if order == sorted(order) else tf.transpose(tensor, order)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Arrangement:
+def _arrangement(labels: Labels, sizes: dict[str, int], shape: tuple[int, ...]) -> Arrangement:
     """How gradients [shared, inner, outer] become the weight's own shape."""
-
-    sizes: tuple[int, ...]  # of the axes of shared, inner, outer, one by one
-    order: tuple[int, ...]  # of those axes in the weight
-    shape: tuple[int, ...]
-
-    @classmethod
-    def of(cls, labels: Labels, sizes: dict[str, int], shape: tuple[int, ...]) -> "_Arrangement":
-        axes = labels.shared + labels.inner + labels.outer
-        return cls(tuple(sizes[c] for c in axes), tuple(axes.index(c) for c in labels.weight), shape)
-
-    def apply(self, gradient: tf.Tensor, examples: bool) -> tf.Tensor:
-        """Of one gradient, or of [B, ...] gradients."""
-        front = [-1] if examples else []
-        if list(self.order) != sorted(self.order):
-            gradient = tf.reshape(gradient, front + list(self.sizes))
-            gradient = tf.transpose(gradient, [0, *(i + 1 for i in self.order)] if examples else self.order)
-        return tf.reshape(gradient, front + list(self.shape))
+    axes = labels.shared + labels.inner + labels.outer
+    return Arrangement(tuple(sizes[c] for c in axes), tuple(axes.index(c) for c in labels.weight), shape)
 
 
 class Products(Contribution):
@@ -187,28 +172,32 @@ class Products(Contribution):
       arrangement: from [S, P, Q] to the weight's shape.
     """
 
-    def __init__(self, inputs: tf.Tensor, outputs: tf.Tensor, steps: int | None, arrangement: _Arrangement):
+    def __init__(self, inputs: tf.Tensor, outputs: tf.Tensor, steps: int | None, arrangement: Arrangement):
         self.inputs, self.outputs, self._steps, self._arrangement = inputs, outputs, steps, arrangement
         width, height = inputs.shape[-1], outputs.shape[-1]
-        self._by_pairs = steps is not None and steps * (width + height) <= width * height
-        self._each = None if steps == 1 or self._by_pairs else tf.matmul(inputs, outputs, transpose_a=True)
+        self._by_pairs = steps == 1 or (steps is not None and steps * (width + height) <= width * height)
+
+    @functools.cached_property
+    def _formed(self) -> Instantiated:
+        return Instantiated(tf.matmul(self.inputs, self.outputs, transpose_a=True), self._arrangement)
 
     def squared_norms(self) -> tf.Tensor:
-        if self._each is not None:
-            return squares(self._each)
+        if not self._by_pairs:
+            return self._formed.squared_norms()
         return _norms_by_pairs(self.inputs, self.outputs, cancel=self._steps != 1)
 
     def reach(self) -> tf.Tensor:
         """What no example's gradient is longer than, [B]: were all its rows of one direction."""
         return tf.reduce_sum(flatten(lengths(self.inputs) * lengths(self.outputs)), 1)
 
-    def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
-        weights = tf.cast(weights, self.inputs.dtype)
-        if self._each is not None:
-            total = tf.linalg.matvec(flatten(self._each), weights, transpose_a=True)
-            return self._arrangement.apply(total, examples=False)
-        inputs, outputs = self.inputs, self.outputs
-        weights = tf.reshape(weights, [-1] + [1] * (inputs.shape.rank - 1))
+    def parts(self) -> list[tf.Tensor]:
+        return [self.inputs, self.outputs] if self._by_pairs else self._formed.parts()
+
+    def weighted_sum(self, parts: list[tf.Tensor], weights: tf.Tensor) -> tf.Tensor:
+        if not self._by_pairs:
+            return self._formed.weighted_sum(parts, weights)
+        inputs, outputs = parts
+        weights = tf.reshape(tf.cast(weights, inputs.dtype), [-1] + [1] * (inputs.shape.rank - 1))
         if inputs.shape[-1] < outputs.shape[-1]:
             inputs = inputs * weights
         else:
@@ -219,11 +208,7 @@ class Products(Contribution):
         return self._arrangement.apply(tf.matmul(inputs, outputs, transpose_a=True), examples=False)
 
     def per_example(self) -> tf.Tensor:
-        each = tf.matmul(self.inputs, self.outputs, transpose_a=True) if self._each is None else self._each
-        return self._arrangement.apply(each, examples=True)
-
-    def keep(self, rows: tf.Tensor) -> "Products":
-        return Products(keep_rows(self.inputs, rows), keep_rows(self.outputs, rows), self._steps, self._arrangement)
+        return self._formed.per_example()
 
     def joined(self, other: Contribution) -> Contribution | None:
         """A kernel that is applied twice is applied to twice the time, however its axes are called."""
@@ -266,7 +251,7 @@ class Products(Contribution):
 def matrices(inputs: tf.Tensor, outputs: tf.Tensor, steps: int | None) -> Products:
     """Gradients inputs[i]^T @ outputs[i] of a weight [P, Q]; inputs [B, T, P], outputs [B, T, Q]."""
     shape = (inputs.shape[-1], outputs.shape[-1])
-    return Products(inputs, outputs, steps, _Arrangement(shape, (0, 1), shape))
+    return Products(inputs, outputs, steps, Arrangement(shape, (0, 1), shape))
 
 
 def _norms_by_pairs(inputs: tf.Tensor, outputs: tf.Tensor, cancel: bool) -> tf.Tensor:

@@ -81,8 +81,17 @@ class Contribution(abc.ABC):
         """All examples' gradients, [B, *variable shape]."""
 
     @abc.abstractmethod
-    def keep(self, rows: tf.Tensor) -> "Contribution":
-        """The same with examples where `rows` ([B], bool) is False replaced by zeros, NaN or not."""
+    def parts(self) -> list[tf.Tensor]:
+        """What `weighted_sum` is computed from, [B, ...] each; zeros in an example's entries make its gradient zero."""
+
+    @abc.abstractmethod
+    def weighted_sum(self, parts: list[tf.Tensor], weights: tf.Tensor) -> tf.Tensor:
+        """Sum over examples of weight times gradient, of the variable's shape.
+
+        Args:
+          parts: what `parts()` gave, perhaps with zeros for some examples.
+          weights: [B].
+        """
 
     def squared_norms(self) -> tf.Tensor:
         """Squared l2 norm of each example's gradient, [B]."""
@@ -110,24 +119,51 @@ class Contribution(abc.ABC):
         each = self.per_example()
         return Instantiated(tf.matmul(each, tf.cast(matrix, each.dtype)))
 
-    def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
-        """Sum over examples of weight times gradient, of the variable's shape. `weights` is [B]."""
-        each = self.per_example()
-        total = tf.linalg.matvec(flatten(each), tf.cast(weights, each.dtype), transpose_a=True)
-        return tf.reshape(total, tf.shape(each)[1:])
+
+@dataclasses.dataclass(frozen=True)
+class Arrangement:
+    """How the entries of a gradient lie, and how they become a weight's.
+
+    Args:
+      sizes: of the axes along which they lie.
+      order: of those axes in the weight.
+      shape: of the weight.
+    """
+
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def apply(self, gradient: tf.Tensor, examples: bool) -> tf.Tensor:
+        """Of one gradient, or of [B, ...] gradients."""
+        front = [-1] if examples else []
+        if list(self.order) != sorted(self.order):
+            gradient = tf.reshape(gradient, front + list(self.sizes))
+            gradient = tf.transpose(gradient, [0, *(i + 1 for i in self.order)] if examples else self.order)
+        return tf.reshape(gradient, front + list(self.shape))
 
 
 class Instantiated(Contribution):
-    """All examples' gradients, formed: [B, *shape]."""
+    """All examples' gradients, formed: [B, ...], of the variable's shape or arranged otherwise."""
 
-    def __init__(self, each: tf.Tensor):
-        self._each = each
+    def __init__(self, each: tf.Tensor, arrangement: Arrangement | None = None):
+        self._each, self._arrangement = each, arrangement
+
+    def squared_norms(self) -> tf.Tensor:
+        return squares(self._each)
 
     def per_example(self) -> tf.Tensor:
-        return self._each
+        return self._each if self._arrangement is None else self._arrangement.apply(self._each, examples=True)
 
-    def keep(self, rows: tf.Tensor) -> Contribution:
-        return Instantiated(keep_rows(self._each, rows))
+    def parts(self) -> list[tf.Tensor]:
+        return [self._each]
+
+    def weighted_sum(self, parts: list[tf.Tensor], weights: tf.Tensor) -> tf.Tensor:
+        (each,) = parts
+        total = tf.linalg.matvec(flatten(each), tf.cast(weights, each.dtype), transpose_a=True)
+        if self._arrangement is not None:
+            return self._arrangement.apply(total, examples=False)
+        return tf.reshape(total, tf.shape(each)[1:])
 
 
 def flatten(each: tf.Tensor) -> tf.Tensor:

@@ -171,11 +171,11 @@ class PulledBack(Contribution):
         each = self._inner.per_example()
         return tf.vectorized_map(self._one, each, fallback_to_while_loop=True)
 
-    def weighted_sum(self, weights: tf.Tensor) -> tf.Tensor:
-        return self._one(self._inner.weighted_sum(weights))
+    def parts(self) -> list[tf.Tensor]:
+        return self._inner.parts()
 
-    def keep(self, rows: tf.Tensor) -> Contribution:
-        return PulledBack(self._inner.keep(rows), self._use)
+    def weighted_sum(self, parts: list[tf.Tensor], weights: tf.Tensor) -> tf.Tensor:
+        return self._one(self._inner.weighted_sum(parts, weights))
 
     def _one(self, upstream: tf.Tensor) -> tf.Tensor:
         graph, weight, values = tf.compat.v1.get_default_graph(), self._use.meeting.weight, self._use.values

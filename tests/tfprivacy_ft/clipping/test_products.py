@@ -198,7 +198,7 @@ def test_norms_by_pairs_of_any_magnitude_are_upper_bounds_or_not_finite(steps, s
     inputs = (random.normal(size=(4, steps, 40)) * scales).astype(np.float32)
     outputs = (random.normal(size=(4, steps, 50)) / scales).astype(np.float32)
     contribution = matrices(tf.constant(inputs), tf.constant(outputs), steps)
-    assert contribution._each is None
+    assert contribution._by_pairs
     true = np.square(np.einsum("btp,btq->bpq", inputs.astype(np.float64), outputs.astype(np.float64))).sum((1, 2))
     found = contribution.squared_norms().numpy()
     assert (~np.isfinite(found) | (found >= true * (1 - 1e-4))).all()
