@@ -342,7 +342,7 @@ def _sampling_in_words(event: Event) -> str:
     if event.sampler == "fixed":
         return f"{event.count:,} {releases} of exactly {event.cohort_size:,}{of} {unit}s, drawn without replacement"
     return (
-        f"{event.count:,} {releases} of unknown make, so every {unit}{of} is taken to be in every one of them (no "
+        f"{event.count:,} {releases} of unknown make, so every {unit}{of} is taken to be in every one of them, once (no "
         "amplification by sampling)"
     )
 

@@ -34,7 +34,7 @@ class Event:
       sampler: how the units of one release were chosen. `"poisson"`: each independently with
         `sampling_probability`. `"shuffled"`: each at most once in a pass, no amplification. `"fixed"`:
         `cohort_size` of `population`, uniformly without replacement. `"unknown"`: anything else, taken to be
-        every unit in every release.
+        every unit in every release, once.
       noise_multiplier: standard deviation of the noise divided by the clip; 0 means no privacy.
       count: releases (steps or rounds), >= 0.
       population: units that could take part, >= 1 (public); None where it is not known.

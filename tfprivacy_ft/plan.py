@@ -17,7 +17,13 @@ from tfprivacy_ft.errors import InvalidArgumentError
 from tfprivacy_ft.events import Event
 from tfprivacy_ft.ledger import Ledger
 from tfprivacy_ft.recorder import Recorder
-from tfprivacy_ft.sampling import UNKNOWN, Sampling, number_of_examples, poisson_batches
+from tfprivacy_ft.sampling import (
+    UNKNOWN,
+    Sampling,
+    number_of_examples,
+    poisson_batches,
+    repeats_before_batching,
+)
 
 
 @dataclasses.dataclass(eq=False)
@@ -275,9 +281,11 @@ class PrivacyPlan:
           arguments: the x, y, batch_size and steps_per_epoch of `fit`, or None if they are not known.
 
         Raises:
-          InvalidArgumentError: an epoch has fewer batches than a step needs, or Keras would tear examples apart.
+          InvalidArgumentError: an epoch has fewer batches than a step needs, Keras would tear examples apart, or a batch
+            could hold an example more than once.
         """
         self._refuse_torn_examples(arguments)
+        _refuse_repeated_examples(arguments)
         if arguments is None or arguments["steps_per_epoch"] is not None:
             return UNKNOWN
         x = arguments["x"]
@@ -352,6 +360,18 @@ class PrivacyPlan:
 def _check_sizes(num_examples: int, batch_size: int, epochs: int) -> None:
     _check.positive_integer(num_examples=num_examples, batch_size=batch_size, epochs=epochs)
     _check.at_most("num_examples", num_examples, batch_size=batch_size)
+
+
+def _refuse_repeated_examples(arguments: dict[str, Any] | None) -> None:
+    """An example that is in a batch twice moves the sum by two clips, and no account here allows for that."""
+    import tensorflow as tf
+
+    x = None if arguments is None else arguments["x"]
+    if isinstance(x, tf.data.Dataset) and repeats_before_batching(x):
+        raise InvalidArgumentError(
+            "the dataset repeats examples before it batches them, so that one batch can hold an example twice: call "
+            ".repeat() after .batch(), or give plan.batches(x, y)."
+        )
 
 
 def _is_arrays(part: Any) -> bool:

@@ -138,6 +138,27 @@ def poisson_batches(
     return dataset.apply(tf.data.experimental.assert_cardinality(steps * accumulation_steps)).prefetch(2)
 
 
+def repeats_before_batching(dataset: tf.data.Dataset) -> bool:
+    """Whether a pipeline repeats rows before it makes batches of them, so that one batch can hold a row several times.
+
+    What functions inside `map`, `interleave` or a generator do is not seen.
+
+    Example:
+      >>> rows = tf.data.Dataset.range(10)
+      >>> repeats_before_batching(rows.repeat().batch(4)), repeats_before_batching(rows.batch(4).repeat())
+      (True, False)
+    """
+    pending: list[tuple[Any, bool]] = [(dataset, False)]
+    while pending:
+        step, is_batched = pending.pop()
+        kind = type(step).__name__
+        if is_batched and "Repeat" in kind:
+            return True
+        is_batched = is_batched or any(word in kind for word in ("Batch", "Window"))
+        pending += [(source, is_batched) for source in step._inputs()]
+    return False
+
+
 def number_of_examples(x: Any, y: Any, sample_weight: Any = None, *, rows_per_example: int = 1) -> int:
     """The examples in arrays x, y and sample_weight of one length: that length divided by `rows_per_example`.
 

@@ -116,6 +116,18 @@ def test_batches_that_nobody_vouches_for_count_every_example_in_every_step(way):
     assert counts(plan.ledger.events()) == {("unknown", ran, ran)}
 
 
+def test_batches_that_can_hold_an_example_twice_are_refused_before_anything_is_released():
+    plan = make_plan()
+    model = make_model(plan)
+    rows = tf.data.Dataset.from_tensor_slices((X, Y))
+    with pytest.raises(InvalidArgumentError, match=r"call \.repeat\(\) after \.batch\(\)"):
+        model.fit(rows.repeat().shuffle(N).batch(BATCH), steps_per_epoch=3, callbacks=plan.callbacks(), verbose=0)
+    assert model.optimizer.privacy_steps == 0
+    assert counts(plan.ledger.events()) == set()
+    model.fit(rows.batch(BATCH).repeat(), steps_per_epoch=3, callbacks=plan.callbacks(), verbose=0)
+    assert counts(plan.ledger.events()) == {("unknown", 3, 3)}
+
+
 def test_steps_are_reserved_before_they_run(tmp_path):
     plan = make_plan(steps_per_block=4)
     model = make_model(plan)

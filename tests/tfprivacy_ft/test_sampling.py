@@ -6,7 +6,7 @@ import tensorflow as tf
 from helpers import CrossEntropy, compile_for_sum, global_norm, layers, trainable_values
 
 from tfprivacy_ft.errors import DatasetError, InvalidArgumentError
-from tfprivacy_ft.sampling import UNKNOWN, Sampling, poisson_batches
+from tfprivacy_ft.sampling import UNKNOWN, Sampling, poisson_batches, repeats_before_batching
 
 
 def drawn(dataset):
@@ -130,3 +130,26 @@ def test_names_in_the_accounts():
     shuffled = Sampling("shuffled", 100, pass_length=10).event(25, **common)
     assert (shuffled.count, shuffled.participations) == (25, 3)
     assert UNKNOWN.event(5, **common).participations == 5
+
+
+ROWS = tf.data.Dataset.from_tensor_slices((np.ones([20, 2]), np.ones(20)))
+
+
+@pytest.mark.parametrize(
+    ("repeats", "dataset"),
+    [
+        (True, ROWS.repeat().shuffle(10).batch(5)),
+        (True, ROWS.shuffle(10).repeat(3).batch(5).prefetch(1)),
+        (True, ROWS.repeat().batch(5, num_parallel_calls=2).map(lambda *row: row).take(3)),
+        (True, ROWS.repeat().padded_batch(5)),
+        (True, ROWS.batch(4).repeat().unbatch().batch(5)),
+        (True, tf.data.Dataset.zip((ROWS, ROWS.repeat())).batch(5)),
+        (True, ROWS.batch(4).concatenate(ROWS.repeat().batch(4))),
+        (False, ROWS.shuffle(10).batch(5).repeat()),
+        (False, ROWS.batch(5).repeat().with_options(tf.data.Options()).prefetch(1)),
+        (False, ROWS.batch(5).cache().map(lambda *row: row)),
+        (False, poisson_batches(np.ones([10, 2]), np.ones(10), batch_size=2).repeat()),
+    ],
+)
+def test_rows_that_are_repeated_before_they_are_batched_are_seen(repeats, dataset):
+    assert repeats_before_batching(dataset) == repeats
