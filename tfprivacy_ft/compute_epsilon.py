@@ -1,27 +1,23 @@
-"""What privacy was spent: a report that a non-expert can quote, and the command `compute-epsilon`.
+"""What privacy was spent: reports on runs, on several runs together, and on settings that are only planned.
 
-For a run, the figures come from what its ledger recorded; for `dpsgd` and `fedavg`, from numbers typed in, and the
-report says so. Printed figures are rounded up, JSON has them in full. It computes nothing itself (`accounting` does)
-and answers in about two seconds, because it needs no TensorFlow.
+For runs, the figures come from what their ledgers recorded; for `dpsgd`, `fedavg` and `solve`, from numbers typed in, and
+the report says so. It computes nothing itself (`accounting` does), and needs no TensorFlow.
 """
 
-import argparse
 import dataclasses
 import json
 import math
 import os
-import sys
-import textwrap
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from tfprivacy_ft import _check, accounting, ledger
 from tfprivacy_ft.accounting import Account
-from tfprivacy_ft.errors import InvalidArgumentError, PrivacyError, UnsupportedEventError
+from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedEventError
 from tfprivacy_ft.events import Event
+from tfprivacy_ft.statement import against, not_covered, statement
 
-__all__ = ["Report", "compute_epsilon", "dpsgd", "fedavg", "main"]
+__all__ = ["Report", "compute_epsilon", "dpsgd", "fedavg"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +71,7 @@ class Report:
             "recorded": self.recorded,
             "accounts": [_account_to_dict(account) for account in self.accounts],
             "notes": [dataclasses.asdict(note) for note in self.notes],
-            "not_covered": _not_covered(self),
+            "not_covered": not_covered(self),
             "facts": self.facts,
             "unsettled": self.unsettled,
         }
@@ -85,7 +81,7 @@ class Report:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False, default=lambda number: number.item())  # NumPy's
 
     def __str__(self) -> str:
-        return _to_text(self)
+        return statement(self)
 
 
 def compute_epsilon(
@@ -277,7 +273,7 @@ def _account_to_dict(account: Account) -> dict[str, Any]:
     return {
         "unit": account.unit,
         "relation": account.relation,
-        "in_words": _against(account),
+        "in_words": against(account),
         "delta": account.delta,
         "epsilon": _json_number(account.epsilon),
         "accountant": account.accountant,
@@ -288,266 +284,3 @@ def _account_to_dict(account: Account) -> dict[str, Any]:
         "epsilon_replace_one": _json_number(account.epsilon_replace_one),
         "events": [event.to_dict() for event in account.events],
     }
-
-
-# Text.
-
-_WIDTH = 100
-
-_RELATIONS = {
-    "add_or_remove_one": "whether {one} was in the data set at all (adding or removing one {unit})",
-    "zero_out": "whether {one} was used or blanked out, how many there are being public (zeroing out one {unit})",
-    "replace_one": "what {one} was, how many there are being public (replacing one {unit} by any other)",
-}
-_PROTECTED = {"example": "one training example", "client": "one client, with all of its data"}
-
-
-def _figure(value: float) -> str:
-    """Four significant digits, rounded up: a quoted epsilon is never smaller than the one computed."""
-    if math.isinf(value):
-        return "infinite"
-    if value == 0:
-        return "0"
-    scale = 10.0 ** (3 - math.floor(math.log10(value)))
-    rounded = math.ceil(value * scale * (1 - 1e-12)) / scale
-    return f"{rounded:,.0f}" if rounded >= 1000 else f"{rounded:.4g}"
-
-
-def _against(account: Account) -> str:
-    return _RELATIONS[account.relation].format(one=f"any one {account.unit}", unit=account.unit)
-
-
-def _row(label: str, text: str) -> str:
-    indent = " " * 20
-    return textwrap.fill(text, _WIDTH, initial_indent=f"  {label:<18}", subsequent_indent=indent)
-
-
-def _bullet(text: str) -> str:
-    return textwrap.fill(text, _WIDTH, initial_indent="  - ", subsequent_indent="    ")
-
-
-def _sampling_in_words(event: Event) -> str:
-    of = f" of {event.population:,}" if event.population else ""
-    unit, releases = event.unit, "rounds" if event.unit == "client" else "steps"
-    if event.sampler == "poisson":
-        return (
-            f"{event.count:,} {releases}, each {unit}{of} in each of them independently with probability "
-            f"{event.sampling_probability:.4g} (Poisson)"
-        )
-    if event.sampler == "shuffled":
-        return (
-            f"{event.count:,} {releases} in which no {unit}{of} took part more than {event.participations:,} times "
-            "(shuffled: no amplification by sampling)"
-        )
-    if event.sampler == "fixed":
-        return f"{event.count:,} {releases} of exactly {event.cohort_size:,}{of} {unit}s, drawn without replacement"
-    return (
-        f"{event.count:,} {releases} of unknown make, so every {unit}{of} is taken to be in every one of them, once (no "
-        "amplification by sampling)"
-    )
-
-
-def _headline(account: Account) -> str:
-    if math.isinf(account.epsilon):
-        return (
-            f"epsilon is infinite for {_PROTECTED[account.unit]}: something was released without noise, so there is "
-            "no privacy guarantee."
-        )
-    return f"epsilon = {_figure(account.epsilon)} at delta = {account.delta:g} for {_PROTECTED[account.unit]}."
-
-
-def _meaning(account: Account) -> str:
-    if math.isinf(account.epsilon):
-        return f"None: what was released may tell {_against(account)}."
-    if account.epsilon > 20:
-        return f"{_against(account)}. An epsilon this large promises next to nothing."
-    return (
-        f"From what was released, nobody can tell {_against(account)}, at odds better than "
-        f"{_figure(math.exp(account.epsilon))} to 1 if the odds were even before, but for a probability of about "
-        f"{account.delta:g}."
-    )
-
-
-def _account_to_text(account: Account, report: Report) -> list[str]:
-    at = f"at delta = {account.delta:g}"
-    pld = "no bound is known" if account.epsilon_pld is None else f"epsilon = {_figure(account.epsilon_pld)} {at}"
-    rows = [
-        ("Who is protected:", f"{_PROTECTED[account.unit]}."),
-        ("Against what:", _meaning(account)),
-        ("By PLD:", pld),
-        ("By RDP:", f"epsilon = {_figure(account.epsilon_rdp)} {at}"),
-        (
-            "Not amplified:",
-            f"epsilon = {_figure(account.epsilon_without_amplification)} if the sampling is not believed",
-        ),
-    ]
-    if account.epsilon_replace_one is not None:
-        replaced = _figure(account.epsilon_replace_one)
-        rows.append(("If replaced:", f"epsilon = {replaced} against replacing one {account.unit} by any other"))
-    for event in account.events:
-        rows.append(("What ran:", f"{_sampling_in_words(event)}; noise multiplier {event.noise_multiplier:g}."))
-    rows.append(("Source:", f"{report.source}."))
-    return [textwrap.fill(_headline(account), _WIDTH), *(_row(label, text) for label, text in rows)]
-
-
-def _not_covered(report: Report) -> list[str]:
-    """What the figures leave out, one sentence each."""
-    sentences = [f"Released without noise, {note.kind}: {note.text}" for note in report.notes]
-    if not report.recorded:
-        sentences += [
-            "Whether a run really clipped, sampled and added noise like this: nothing was recorded.",
-            "Anything released without noise, such as training metrics, or a choice made on private validation data.",
-        ]
-    elif not report.notes:
-        sentences.append("Releases without noise that the run did not record; it recorded none.")
-    sentences.append(
-        "A search for hyper-parameters on the same data: each run tried spends its own epsilon, and they add up."
-    )
-    return sentences
-
-
-def _to_text(report: Report) -> str:
-    blocks = [_account_to_text(account, report) for account in report.accounts]
-    if not blocks:
-        blocks = [["epsilon = 0: nothing was released.", _row("Source:", f"{report.source}.")]]
-    if len(blocks) > 1:
-        blocks.insert(0, ["Several units or relations: the figures stand side by side and do not add up."])
-    if report.unsettled:
-        text = f"Reserved blocks that may not have run to the end, counted in full: {report.unsettled:,}."
-        blocks.append([textwrap.fill(text, _WIDTH)])
-    blocks.append(["Not covered:", *(_bullet(sentence) for sentence in _not_covered(report))])
-    return "\n\n".join("\n".join(block) for block in blocks)
-
-
-# The command.
-
-_EXAMPLES = """\
-examples:
-  Training on 60000 examples in batches of 256 for 60 epochs, with noise of 1.1 times the clip:
-    compute-epsilon dpsgd --num-examples 60000 --batch-size 256 --noise-multiplier 1.1 --epochs 60 --delta 1e-5
-
-  The same with batches from a plain shuffle, as Keras makes them (no amplification by sampling):
-    compute-epsilon dpsgd --num-examples 60000 --batch-size 256 --noise-multiplier 1.1 --epochs 60 --delta 1e-5 \\
-      --sampling shuffle
-
-  100 rounds of federated averaging with about 100 of 3000 clients in each:
-    compute-epsilon fedavg --num-clients 3000 --clients-per-round 100 --noise-multiplier 1 --rounds 100 --delta 1e-4
-
-  What a run really spent, from the ledger in its folder:
-    compute-epsilon run runs/mnist
-"""
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="compute-epsilon",
-        description="The differential privacy that a training run spent: epsilon at a given delta.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{dpsgd,fedavg,run}")
-    _add_dpsgd(_add_command(commands, "dpsgd", "training with DP-SGD; protects one example"))
-    _add_fedavg(_add_command(commands, "fedavg", "federated averaging with DP; protects one client"))
-    _add_run(_add_command(commands, "run", "a run that kept a ledger; nothing has to be typed in"))
-    return parser
-
-
-def _add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name,
-        help=text,
-        description=f"Epsilon of {text}.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--json", action="store_true", help='strict JSON; an infinite epsilon is the text "Infinity"')
-    return parser
-
-
-def _add_dpsgd(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num-examples", type=int, required=True, help="examples in the data set")
-    parser.add_argument("--batch-size", type=int, required=True, help="expected batch size")
-    _add_noise_and_delta(parser)
-    length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--epochs", type=float, help="passes over the data")
-    length.add_argument("--steps", type=int, help="batches in all")
-    parser.add_argument(
-        "--sampling",
-        choices=("poisson", "shuffle"),
-        default="poisson",
-        help="how batches are drawn: each example independently, or each once per epoch (default: poisson)",
-    )
-
-
-def _add_fedavg(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num-clients", type=int, required=True, help="clients that could take part")
-    parser.add_argument("--clients-per-round", type=int, required=True, help="expected clients in one round")
-    _add_noise_and_delta(parser)
-    parser.add_argument("--rounds", type=int, required=True, help="rounds in all")
-    parser.add_argument(
-        "--sampling",
-        choices=("poisson", "fixed"),
-        default="poisson",
-        help="how cohorts are drawn: each client independently, or a fixed number of them (default: poisson)",
-    )
-
-
-def _add_noise_and_delta(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--noise-multiplier", type=float, required=True, help="noise over clip; 0 means no privacy")
-    parser.add_argument("--delta", type=float, required=True, help="in (0, 1), well below 1 / number protected")
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder of the run, or its ledger file")
-    parser.add_argument("--delta", type=float, help="in (0, 1); default: the one the run recorded")
-
-
-def _run_command(options: dict[str, Any]) -> Report:
-    command = options.pop("command")
-    if command == "dpsgd":
-        return dpsgd(**options)
-    if command == "fedavg":
-        return fedavg(**options)
-    report = compute_epsilon(options["run_dir"], delta=options["delta"])
-    populations = [event.population for account in report.accounts for event in account.events if event.population]
-    if populations:
-        accounting.check_delta(report.delta, min(populations))
-    return report
-
-
-def _with_option_names(sentence: str, options: Iterable[str]) -> str:
-    """The sentence, with options named as they are typed."""
-    for name in options:
-        sentence = sentence.replace(f"{name}=", f"--{name.replace('_', '-')} ")
-    return sentence
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command `compute-epsilon`.
-
-    Args:
-      argv: the words after the command; None takes those of the process.
-
-    Returns:
-      0, or 2 after one sentence on stderr that says what is wrong.
-    """
-    options = vars(_parser().parse_args(argv))
-    as_json = options.pop("json")
-    names = sorted(options, key=len, reverse=True)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            report = _run_command(options)
-        except PrivacyError as error:
-            sys.stderr.write(f"compute-epsilon: {_with_option_names(str(error), names)}\n")
-            return 2
-    for message in dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, UserWarning)):
-        sys.stderr.write(f"compute-epsilon: warning: {_with_option_names(message, names)}\n")
-    sys.stdout.write((report.to_json() if as_json else str(report)) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,32 +1,13 @@
-import json
 import math
-import os
-import subprocess
-import sys
-import warnings
 
 import pytest
+from epsilon_helpers import DPSGD, FEDAVG, a_run, strict_json
 
-from tfprivacy_ft import compute_epsilon as module
-from tfprivacy_ft.compute_epsilon import compute_epsilon, dpsgd, fedavg, main
+from tfprivacy_ft import statement
+from tfprivacy_ft.compute_epsilon import compute_epsilon, dpsgd, fedavg
 from tfprivacy_ft.errors import InvalidArgumentError, LedgerError, UnsupportedEventError
 from tfprivacy_ft.events import Event
 from tfprivacy_ft.ledger import Ledger
-
-DPSGD = {"num_examples": 60000, "batch_size": 256, "noise_multiplier": 1.1, "epochs": 60, "delta": 1e-5}
-FEDAVG = {"num_clients": 3000, "clients_per_round": 100, "noise_multiplier": 1.0, "rounds": 100, "delta": 1e-4}
-
-
-def words(arguments, **changes):
-    options = {**arguments, **changes}
-    return [word for k, v in options.items() if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
-
-
-def strict_json(text):
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not strict JSON")
-
-    return json.loads(text, parse_constant=refuse)
 
 
 def test_dpsgd_by_epochs_and_by_steps():
@@ -105,15 +86,6 @@ def test_a_large_delta_warns():
 
 
 # Runs.
-
-
-def a_run(folder, events, delta=1e-5, notes=()):
-    with Ledger.open(folder, delta=delta, facts={"model": "cnn"}) as book:
-        for event in events:
-            book.settle([book.reserve(event)], event)
-        for note in notes:
-            book.note(*note)
-    return folder
 
 
 def test_a_run_reports_what_its_ledger_says(tmp_path):
@@ -203,7 +175,7 @@ def test_json_takes_numbers_of_numpy():
      (123456.2, "123,500"), (0.00123411, "0.001235"), (9.9999, "10"), (math.inf, "infinite")],
 )  # fmt: skip
 def test_quoted_figures_are_rounded_up(value, text):
-    assert module._figure(value) == text
+    assert statement._figure(value) == text
 
 
 def test_a_typed_in_report_says_so():
@@ -213,108 +185,3 @@ def test_a_typed_in_report_says_so():
     assert "adding or removing one client" in text
     assert "hyper-parameters" in text
     assert max(len(line) for line in str(fedavg(**FEDAVG)).splitlines()) <= 100
-
-
-# The command.
-
-
-def test_the_command_prints_the_report(capsys):
-    assert main(["dpsgd", *words(DPSGD)]) == 0
-    out, err = capsys.readouterr()
-    assert out == f"{dpsgd(**DPSGD)}\n" and err == ""
-    assert main(["fedavg", *words(FEDAVG), "--json"]) == 0
-    assert strict_json(capsys.readouterr().out) == fedavg(**FEDAVG).to_dict()
-    assert main(["dpsgd", *words(DPSGD, epochs=None, steps=10), "--sampling", "shuffle", "--json"]) == 0
-    assert strict_json(capsys.readouterr().out)["accounts"][0]["relation"] == "zero_out"
-    assert main(["fedavg", *words(FEDAVG), "--sampling", "fixed", "--json"]) == 0
-    assert strict_json(capsys.readouterr().out)["accounts"][0]["relation"] == "replace_one"
-
-
-def test_the_command_reports_a_run(tmp_path, capsys):
-    run = a_run(tmp_path, [Event.unknown(count=1, noise_multiplier=1.0, population=100)])
-    assert main(["run", str(run), "--json"]) == 0
-    out, err = capsys.readouterr()
-    assert strict_json(out)["epsilon"] == pytest.approx(4.377178) and err == ""
-    assert main(["run", str(run), "--delta", "0.05"]) == 0
-    assert "warning: --delta 0.05 is not below 1/100" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (
-            ["dpsgd", *words(DPSGD, batch_size=70000)],
-            "--batch-size 70000 is not allowed: give at most --num-examples 6",
-        ),
-        (["dpsgd", *words(DPSGD, noise_multiplier="nan")], "--noise-multiplier nan"),
-        (["dpsgd", *words(DPSGD, epochs="-1")], "--epochs -1"),
-        (["dpsgd", *words(DPSGD, delta="2")], "--delta 2"),
-        (["fedavg", *words(FEDAVG, clients_per_round=0)], "--clients-per-round 0"),
-        (["run", "no/such/run"], "there is no ledger"),
-    ],
-)
-def test_a_mistake_is_one_sentence_and_exit_status_2(argv, said, capsys):
-    assert main(argv) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and said in err and err.count("\n") == 1
-
-
-def test_a_large_delta_is_a_warning_on_stderr(capsys):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert main(["dpsgd", *words(DPSGD, delta=1e-4)]) == 0
-    out, err = capsys.readouterr()
-    assert "warning: --delta 0.0001 is not below 1/60000" in err and "epsilon" in out
-
-
-@pytest.mark.parametrize("command", [[], ["dpsgd"], ["fedavg"], ["run"]])
-def test_help_has_worked_examples(command, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main([*command, "--help"])
-    assert caught.value.code == 0
-    assert "compute-epsilon dpsgd --num-examples 60000" in capsys.readouterr().out
-
-
-def test_the_examples_of_the_help_work(capsys):
-    text = module._EXAMPLES.replace("\\\n", " ")
-    commands = [line.split()[1:] for line in text.splitlines() if line.strip().startswith("compute-epsilon ")]
-    assert len(commands) == 4
-    for argv in commands[:3]:
-        assert main(argv) == 0
-        assert "warning" not in capsys.readouterr().err
-
-
-WITHOUT_TENSORFLOW = """
-import sys
-from tfprivacy_ft import accounting, compute_epsilon, ledger
-status = compute_epsilon.main(sys.argv[1:])
-heavy = {"tensorflow", "keras", "tensorflow_privacy", "tensorflow_federated"} & set(sys.modules)
-sys.exit(f"imported {heavy}" if heavy else status)
-"""
-
-
-def test_the_command_imports_no_tensorflow():
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TENSORFLOW, "dpsgd", *words(DPSGD)], capture_output=True, text=True
-    )
-    assert (result.returncode, result.stderr) == (0, "")
-
-
-def test_the_closed_form_needs_no_accountant():
-    code = (
-        "import sys; from tfprivacy_ft import accounting; from tfprivacy_ft.events import Event\n"
-        "accounting.epsilon(Event.unknown(count=3, noise_multiplier=2.0), 1e-5)\n"
-        "sys.exit('dp_accounting' in sys.modules or 'numpy' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_the_module_is_a_command():
-    result = subprocess.run(
-        [sys.executable, "-m", "tfprivacy_ft.compute_epsilon", "dpsgd", *words(DPSGD)], capture_output=True, text=True
-    )
-    assert result.returncode == 0 and "2.382" in result.stdout
-    broken = subprocess.run(
-        [sys.executable, "-m", "tfprivacy_ft.compute_epsilon", "run", os.devnull], capture_output=True, text=True
-    )
-    assert broken.returncode == 2 and "Traceback" not in broken.stderr

@@ -1,0 +1,144 @@
+"""A report in words that a non-expert can quote: who is protected, against what, how much, and what is left out.
+
+Printed figures are rounded up. Nothing is computed here.
+"""
+
+import math
+import textwrap
+from typing import TYPE_CHECKING
+
+from tfprivacy_ft.accounting import Account
+from tfprivacy_ft.events import Event
+
+if TYPE_CHECKING:
+    from tfprivacy_ft.compute_epsilon import Report
+
+__all__ = ["against", "not_covered", "statement"]
+
+_WIDTH = 100
+
+_RELATIONS = {
+    "add_or_remove_one": "whether {one} was in the data set at all (adding or removing one {unit})",
+    "zero_out": "whether {one} was used or blanked out, how many there are being public (zeroing out one {unit})",
+    "replace_one": "what {one} was, how many there are being public (replacing one {unit} by any other)",
+}
+_PROTECTED = {"example": "one training example", "client": "one client, with all of its data"}
+
+
+def _figure(value: float) -> str:
+    """Four significant digits, rounded up: a quoted epsilon is never smaller than the one computed."""
+    if math.isinf(value):
+        return "infinite"
+    if value == 0:
+        return "0"
+    scale = 10.0 ** (3 - math.floor(math.log10(value)))
+    rounded = math.ceil(value * scale * (1 - 1e-12)) / scale
+    return f"{rounded:,.0f}" if rounded >= 1000 else f"{rounded:.4g}"
+
+
+def against(account: Account) -> str:
+    """What nobody can tell from the releases, as a clause."""
+    return _RELATIONS[account.relation].format(one=f"any one {account.unit}", unit=account.unit)
+
+
+def _row(label: str, text: str) -> str:
+    indent = " " * 20
+    return textwrap.fill(text, _WIDTH, initial_indent=f"  {label:<18}", subsequent_indent=indent)
+
+
+def _bullet(text: str) -> str:
+    return textwrap.fill(text, _WIDTH, initial_indent="  - ", subsequent_indent="    ")
+
+
+def _sampling_in_words(event: Event) -> str:
+    of = f" of {event.population:,}" if event.population else ""
+    unit, releases = event.unit, "rounds" if event.unit == "client" else "steps"
+    if event.sampler == "poisson":
+        return (
+            f"{event.count:,} {releases}, each {unit}{of} in each of them independently with probability "
+            f"{event.sampling_probability:.4g} (Poisson)"
+        )
+    if event.sampler == "shuffled":
+        return (
+            f"{event.count:,} {releases} in which no {unit}{of} took part more than {event.participations:,} times "
+            "(shuffled: no amplification by sampling)"
+        )
+    if event.sampler == "fixed":
+        return f"{event.count:,} {releases} of exactly {event.cohort_size:,}{of} {unit}s, drawn without replacement"
+    return (
+        f"{event.count:,} {releases} of unknown make, so every {unit}{of} is taken to be in every one of them, once (no "
+        "amplification by sampling)"
+    )
+
+
+def _headline(account: Account) -> str:
+    if math.isinf(account.epsilon):
+        return (
+            f"epsilon is infinite for {_PROTECTED[account.unit]}: something was released without noise, so there is "
+            "no privacy guarantee."
+        )
+    return f"epsilon = {_figure(account.epsilon)} at delta = {account.delta:g} for {_PROTECTED[account.unit]}."
+
+
+def _meaning(account: Account) -> str:
+    if math.isinf(account.epsilon):
+        return f"None: what was released may tell {against(account)}."
+    if account.epsilon > 20:
+        return f"{against(account)}. An epsilon this large promises next to nothing."
+    return (
+        f"From what was released, nobody can tell {against(account)}, at odds better than "
+        f"{_figure(math.exp(account.epsilon))} to 1 if the odds were even before, but for a probability of about "
+        f"{account.delta:g}."
+    )
+
+
+def _account_to_text(account: Account, report: "Report") -> list[str]:
+    at = f"at delta = {account.delta:g}"
+    pld = "no bound is known" if account.epsilon_pld is None else f"epsilon = {_figure(account.epsilon_pld)} {at}"
+    rows = [
+        ("Who is protected:", f"{_PROTECTED[account.unit]}."),
+        ("Against what:", _meaning(account)),
+        ("By PLD:", pld),
+        ("By RDP:", f"epsilon = {_figure(account.epsilon_rdp)} {at}"),
+        (
+            "Not amplified:",
+            f"epsilon = {_figure(account.epsilon_without_amplification)} if the sampling is not believed",
+        ),
+    ]
+    if account.epsilon_replace_one is not None:
+        replaced = _figure(account.epsilon_replace_one)
+        rows.append(("If replaced:", f"epsilon = {replaced} against replacing one {account.unit} by any other"))
+    for event in account.events:
+        rows.append(("What ran:", f"{_sampling_in_words(event)}; noise multiplier {event.noise_multiplier:g}."))
+    rows.append(("Source:", f"{report.source}."))
+    return [textwrap.fill(_headline(account), _WIDTH), *(_row(label, text) for label, text in rows)]
+
+
+def not_covered(report: "Report") -> list[str]:
+    """What the figures leave out, one sentence each."""
+    sentences = [f"Released without noise, {note.kind}: {note.text}" for note in report.notes]
+    if not report.recorded:
+        sentences += [
+            "Whether a run really clipped, sampled and added noise like this: nothing was recorded.",
+            "Anything released without noise, such as training metrics, or a choice made on private validation data.",
+        ]
+    elif not report.notes:
+        sentences.append("Releases without noise that the run did not record; it recorded none.")
+    sentences.append(
+        "A search for hyper-parameters on the same data: each run tried spends its own epsilon, and they add up."
+    )
+    return sentences
+
+
+def statement(report: "Report") -> str:
+    """The whole report, in lines of at most 100 characters."""
+    blocks = [_account_to_text(account, report) for account in report.accounts]
+    if not blocks:
+        blocks = [["epsilon = 0: nothing was released.", _row("Source:", f"{report.source}.")]]
+    if len(blocks) > 1:
+        blocks.insert(0, ["Several units or relations: the figures stand side by side and do not add up."])
+    if report.unsettled:
+        text = f"Reserved blocks that may not have run to the end, counted in full: {report.unsettled:,}."
+        blocks.append([textwrap.fill(text, _WIDTH)])
+    blocks.append(["Not covered:", *(_bullet(sentence) for sentence in not_covered(report))])
+    return "\n\n".join("\n".join(block) for block in blocks)
