@@ -35,6 +35,7 @@ __all__ = [
     "epsilon",
     "epsilon_without_amplification",
     "gaussian_epsilon",
+    "solve_batch_size",
     "solve_noise_multiplier",
     "solve_steps",
 ]
@@ -349,6 +350,54 @@ def solve_steps(
     return pass_length * _largest_count(lambda units: excess(units, accountant), start, most // pass_length)
 
 
+def solve_batch_size(
+    *,
+    target_epsilon: float,
+    delta: float,
+    events_for: Callable[[int], Event | Iterable[Event]],
+    most: int,
+    accountant: Accountant = "pld",
+) -> int:
+    """A largest batch size whose events stay within the target; never less privacy than asked.
+
+    Args:
+      target_epsilon: > 0.
+      delta: in (0, 1).
+      events_for: gives the events of a run with batches of this many examples (or cohorts of clients).
+      most: the largest batch to look at, >= 1, such as all examples.
+      accountant: as in `epsilon`.
+
+    Returns:
+      `most`, or a batch size for which `epsilon(...) <= target_epsilon` holds while it does not for one more; 0 if not
+      even a single example fits.
+
+    Raises:
+      InvalidArgumentError: an argument is outside its range.
+      UnsupportedEventError: as in `epsilon`.
+
+    Example:
+      >>> batches_of = lambda size: Event.poisson(count=100, noise_multiplier=1.0, sampling_probability=size / 10_000)
+      >>> solve_batch_size(target_epsilon=1.0, delta=1e-5, events_for=batches_of, most=10_000)
+      139
+    """
+    _check.positive(target_epsilon=target_epsilon)
+    _check.open_unit_interval(delta=delta)
+    _check.positive_integer(most=most)
+
+    def excess(size: int, measure: Callable[[tuple[_Release, ...]], float]) -> float:
+        return _excess(measure(_releases(_one_group(events_for(size)))), target_epsilon) if size else -_FAR
+
+    exact = functools.partial(_rdp_epsilon if accountant == "rdp" else _fine_epsilon, delta=float(delta))
+    if excess(most, exact) <= 0:
+        return most
+    start = 1
+    if accountant == "pld" and _is_sampled(_releases(_one_group(events_for(1)))):
+        for look in (_rdp_epsilon, _coarse_epsilon):  # as in `solve_noise_multiplier`
+            rough = functools.partial(look, delta=float(delta))
+            start = max(1, _largest_count(functools.partial(excess, measure=rough), start, most - 1))
+    return _largest_count(functools.partial(excess, measure=exact), start, most - 1)
+
+
 # Events as the accountants see them: what was drawn, how noisy, how often.
 
 
@@ -593,6 +642,10 @@ def _default_interval(releases: tuple[_Release, ...]) -> float:
 def _coarse_epsilon(releases: tuple[_Release, ...], delta: float) -> float:
     """A quick look, for the searches: ten times the default grid."""
     return _pld_epsilon(releases, delta, 10 * _default_interval(releases) if _is_sampled(releases) else None)
+
+
+def _fine_epsilon(releases: tuple[_Release, ...], delta: float) -> float:
+    return _pld_epsilon(releases, delta, None)
 
 
 @functools.lru_cache(maxsize=1024)

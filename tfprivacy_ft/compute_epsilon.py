@@ -4,7 +4,9 @@ For runs, the figures come from what their ledgers recorded; for `dpsgd`, `fedav
 the report says so. It computes nothing itself (`accounting` does), and needs no TensorFlow.
 """
 
+import csv
 import dataclasses
+import io
 import json
 import math
 import os
@@ -17,7 +19,7 @@ from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedEventError
 from tfprivacy_ft.events import Event
 from tfprivacy_ft.statement import against, not_covered, statement
 
-__all__ = ["Report", "compute_epsilon", "dpsgd", "fedavg"]
+__all__ = ["Report", "compose", "compute_epsilon", "dpsgd", "fedavg", "solve"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Report:
       notes: releases without noise that the run recorded.
       facts: public facts that the run recorded.
       unsettled: reservations of the run that were never settled, and are counted in full.
+      solved: what `solve` was asked for, by name.
     """
 
     accounts: tuple[Account, ...]
@@ -43,6 +46,7 @@ class Report:
     notes: tuple[ledger.Note, ...] = ()
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     unsettled: int = 0
+    solved: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def epsilon(self) -> float:
@@ -74,14 +78,41 @@ class Report:
             "not_covered": not_covered(self),
             "facts": self.facts,
             "unsettled": self.unsettled,
+            "solved": {name: _json_number(value) for name, value in self.solved.items()},
         }
 
     def to_json(self) -> str:
         """`to_dict` as strict JSON."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False, default=lambda number: number.item())  # NumPy's
 
+    def to_csv(self) -> str:
+        """A table with one row for each account under a row of names, for spreadsheets; floats in full, "inf" if infinite."""
+        table = io.StringIO()
+        writer = csv.DictWriter(
+            table, [*_CSV_FIELDS, "releases", "samplers", "source", "recorded"], lineterminator="\n"
+        )
+        writer.writeheader()
+        for account in self.accounts:
+            row = {name: getattr(account, name) for name in _CSV_FIELDS}
+            row |= {"releases": account.releases, "samplers": " ".join(account.samplers)}
+            writer.writerow(row | {"source": self.source, "recorded": self.recorded})
+        return table.getvalue()
+
     def __str__(self) -> str:
         return statement(self)
+
+
+_CSV_FIELDS = (
+    "unit",
+    "relation",
+    "epsilon",
+    "delta",
+    "accountant",
+    "epsilon_pld",
+    "epsilon_rdp",
+    "epsilon_without_amplification",
+    "epsilon_replace_one",
+)
 
 
 def compute_epsilon(
@@ -117,6 +148,54 @@ def compute_epsilon(
         return _report(source.events(), delta, source.delta, where, notes=tuple(source.notes()), facts=source.facts)
     events = [source] if isinstance(source, Event) else list(source)
     return _report(events, delta, None, "given as events, not recorded by a run", recorded=False)
+
+
+def compose(paths: Iterable[str | os.PathLike[str]], *, delta: float | None = None) -> Report:
+    """The privacy spent by several runs on the same data, together.
+
+    Args:
+      paths: folders or ledger files of runs, each named once: stages of one training, or trainings one after the other.
+      delta: in (0, 1), for all of them together; None takes the one that every run recorded.
+
+    Returns:
+      The report; runs that protect different units, or are stated for relations that do not compose, stand side by side in
+      it.
+
+    Raises:
+      InvalidArgumentError: a run is named twice or none is, or delta is not given and the runs did not record the same.
+      LedgerError: as in `compute_epsilon`.
+
+    Example:
+      >>> import tempfile
+      >>> folders = [tempfile.mkdtemp(), tempfile.mkdtemp()]
+      >>> for folder in folders:
+      ...     with ledger.Ledger.open(folder, delta=1e-5) as book:
+      ...         _ = book.reserve(Event.unknown(count=1, noise_multiplier=2**0.5))
+      >>> round(compose(folders).epsilon, 6)
+      4.377178
+    """
+    contents = [ledger.read(path) for path in paths]
+    if not contents:
+        raise InvalidArgumentError("paths is empty: name at least one run.")
+    places = [content.path.resolve() for content in contents]
+    for place in places:
+        if places.count(place) > 1:
+            raise InvalidArgumentError(f"{place} is named {places.count(place)} times: name every run once.")
+    deltas = sorted({content.delta for content in contents if content.delta is not None})
+    if delta is None and len(deltas) > 1:
+        raise InvalidArgumentError(
+            f"delta=None is not allowed here, because the runs recorded {' and '.join(map(str, deltas))}: give the one for "
+            "all of them together."
+        )
+    return _report(
+        [event for content in contents for event in content.events],
+        delta,
+        deltas[0] if deltas else None,
+        f"recorded by the runs in {', '.join(str(content.path) for content in contents)}, taken to be on the same data",
+        notes=tuple(dict.fromkeys(note for content in contents for note in content.notes)),
+        facts={str(content.path): content.facts for content in contents},
+        unsettled=sum(content.unsettled for content in contents),
+    )
 
 
 def dpsgd(
@@ -159,19 +238,105 @@ def dpsgd(
     _check.at_most("num_examples", num_examples, batch_size=batch_size)
     _check.non_negative(noise_multiplier=noise_multiplier)
     accounting.check_delta(delta, num_examples)
+    event = _dpsgd_event(num_examples, batch_size, noise_multiplier, epochs, steps, sampling)
+    return _report([event], delta, None, _TYPED_IN, recorded=False)
+
+
+def _dpsgd_event(
+    num_examples: int, batch_size: int, noise_multiplier: float, epochs: float | None, steps: int | None, sampling: str
+) -> Event:
     count, passes = _steps_and_passes(num_examples, batch_size, epochs, steps)
     if sampling == "poisson":
-        event = Event.poisson(
+        return Event.poisson(
             count=count,
             noise_multiplier=noise_multiplier,
             sampling_probability=batch_size / num_examples,
             population=num_examples,
         )
-    elif sampling == "shuffle":
-        event = Event.shuffled(count=count, passes=passes, noise_multiplier=noise_multiplier, population=num_examples)
+    if sampling == "shuffle":
+        return Event.shuffled(count=count, passes=passes, noise_multiplier=noise_multiplier, population=num_examples)
+    raise InvalidArgumentError(f"sampling={sampling!r} is not allowed: give 'poisson' or 'shuffle'.")
+
+
+def solve(
+    *,
+    num_examples: int,
+    delta: float,
+    batch_size: int | None = None,
+    noise_multiplier: float | None = None,
+    epochs: float | None = None,
+    steps: int | None = None,
+    target_epsilon: float | None = None,
+    sampling: Literal["poisson", "shuffle"] = "poisson",
+) -> Report:
+    """The one setting of DP-SGD that is left out, given all the others; never less privacy than asked.
+
+    Args:
+      num_examples, delta, sampling: as in `dpsgd`.
+      batch_size: as in `dpsgd`; None for the largest.
+      noise_multiplier: > 0; None for the smallest, to 0.01 %.
+      epochs, steps: as in `dpsgd`; both None for the largest number of steps (of whole epochs where batches are shuffled).
+      target_epsilon: > 0; None for the epsilon of the others.
+
+    Returns:
+      The report on all settings together; its `solved` holds what was left out: "batch_size", "noise_multiplier", "steps"
+      and "epochs", or "epsilon".
+
+    Raises:
+      InvalidArgumentError: an argument is outside its range, not exactly one is left out, or nothing meets the target.
+
+    Example:
+      >>> report = solve(num_examples=1000, batch_size=10, steps=1000, target_epsilon=1.0, delta=1e-5)
+      >>> round(report.solved["noise_multiplier"], 3)
+      1.415
+    """
+    _check.positive_integer(num_examples=num_examples)
+    accounting.check_delta(delta, num_examples)
+    given = {
+        "batch_size": batch_size,
+        "noise_multiplier": noise_multiplier,
+        "epochs or steps": steps if epochs is None else epochs,
+        "target_epsilon": target_epsilon,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) != 1:
+        raise InvalidArgumentError(
+            f"{len(missing)} of {', '.join(given)} are left out, and one can be solved for: leave out exactly one."
+        )
+    if target_epsilon is not None:
+        _check.positive(target_epsilon=target_epsilon)
+    if noise_multiplier is not None:
+        _check.positive(noise_multiplier=noise_multiplier)
+    if batch_size is not None:
+        _check.positive_integer(batch_size=batch_size)
+        _check.at_most("num_examples", num_examples, batch_size=batch_size)
+    target: dict[str, Any] = {"target_epsilon": target_epsilon, "delta": delta}
+
+    def event(size=batch_size, noise=noise_multiplier, number=steps) -> Event:
+        return _dpsgd_event(num_examples, size, noise, epochs, number, sampling)
+
+    solved: dict[str, float]
+    if missing == ["noise_multiplier"]:
+        noise = accounting.solve_noise_multiplier(events_for=lambda noise: event(noise=noise), **target)
+        found, solved = event(noise=noise), {"noise_multiplier": noise}
+    elif missing == ["batch_size"]:
+        size = accounting.solve_batch_size(events_for=lambda size: event(size=size), most=num_examples, **target)
+        found, solved = event(size=max(size, 1)), {"batch_size": size}
+    elif missing == ["epochs or steps"]:
+        assert batch_size is not None
+        one = event(number=1 if sampling == "poisson" else num_examples // batch_size)
+        number = accounting.solve_steps(event=one, **target)
+        solved = {"steps": number, "epochs": number * batch_size / num_examples}
+        found = event(number=max(number, 1))
     else:
-        raise InvalidArgumentError(f"sampling={sampling!r} is not allowed: give 'poisson' or 'shuffle'.")
-    return _report([event], delta, None, _TYPED_IN, recorded=False)
+        found, solved = event(), {}
+    if not all(solved.values()):
+        raise InvalidArgumentError(
+            f"target_epsilon={target_epsilon} is passed by a single {'example' if 'batch_size' in solved else 'step'}: "
+            "allow more epsilon, or add more noise."
+        )
+    report = _report([found], delta, None, _TYPED_IN, recorded=False)
+    return dataclasses.replace(report, solved=solved or {"epsilon": report.epsilon})
 
 
 def fedavg(

@@ -1,17 +1,20 @@
 """The command `compute-epsilon`.
 
-Promises: figures on stdout, whatever else in single sentences on stderr; answers in about two seconds, without TensorFlow.
+Promises: figures on stdout, whatever else in single sentences on stderr; the exit code says whether epsilon is within
+`--budget`; no TensorFlow, so that answers take about two seconds, and solving a few more.
 """
 
 import argparse
+import json
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from tfprivacy_ft import accounting
-from tfprivacy_ft.compute_epsilon import Report, compute_epsilon, dpsgd, fedavg
+from tfprivacy_ft import _check, accounting
+from tfprivacy_ft.compute_epsilon import Report, compose, compute_epsilon, dpsgd, fedavg, solve
 from tfprivacy_ft.errors import PrivacyError
+from tfprivacy_ft.statement import figure
 
 __all__ = ["main"]
 
@@ -27,9 +30,20 @@ examples:
   100 rounds of federated averaging with about 100 of 3000 clients in each:
     compute-epsilon fedavg --num-clients 3000 --clients-per-round 100 --noise-multiplier 1 --rounds 100 --delta 1e-4
 
-  What a run really spent, from the ledger in its folder:
-    compute-epsilon run runs/mnist
+  The noise that keeps the first of these within epsilon 2:
+    compute-epsilon solve --num-examples 60000 --batch-size 256 --epochs 60 --target-epsilon 2 --delta 1e-5
+
+  What a run really spent, from the ledger in its folder, and whether that is within 3:
+    compute-epsilon run runs/mnist --budget 3
+
+  What two runs on the same data spent together, and a table for a spreadsheet of each by itself:
+    compute-epsilon compose runs/head runs/all
+    compute-epsilon run runs/head runs/all --csv
+
+exit codes: 0 within --budget, or none given; 3 over it; 2 for a mistake.
 """
+
+WITHIN, MISTAKE, OVER_BUDGET = 0, 2, 3
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,10 +54,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{dpsgd,fedavg,run}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{dpsgd,fedavg,run,compose,solve}")
     _add_dpsgd(_add_command(commands, "dpsgd", "training with DP-SGD; protects one example"))
     _add_fedavg(_add_command(commands, "fedavg", "federated averaging with DP; protects one client"))
-    _add_run(_add_command(commands, "run", "a run that kept a ledger; nothing has to be typed in"))
+    _add_run(_add_command(commands, "run", "runs that kept a ledger, each by itself; nothing has to be typed in"))
+    _add_run(_add_command(commands, "compose", "several runs on the same data, together"))
+    _add_solve(_add_command(commands, "solve", "DP-SGD, and the one setting that is left out"))
     return parser
 
 
@@ -56,17 +72,39 @@ def _add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--json", action="store_true", help='strict JSON; an infinite epsilon is the text "Infinity"')
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument(
+        "--json",
+        action="store_true",
+        help='strict JSON, a list of reports for several runs; an infinite epsilon is the text "Infinity"',
+    )
+    output.add_argument("--csv", action="store_true", help="a table with one row for each account")
+    parser.add_argument("--budget", type=float, help="exit with code 3 if an epsilon is larger than this")
     return parser
 
 
 def _add_dpsgd(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-examples", type=int, required=True, help="examples in the data set")
     parser.add_argument("--batch-size", type=int, required=True, help="expected batch size")
-    _add_noise_and_delta(parser)
-    length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--epochs", type=float, help="passes over the data")
-    length.add_argument("--steps", type=int, help="batches in all")
+    _add_noise(parser)
+    _add_delta(parser)
+    _add_length_and_sampling(parser, required=True)
+
+
+def _add_solve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-examples", type=int, required=True, help="examples in the data set")
+    _add_delta(parser)
+    parser.add_argument("--target-epsilon", type=float, help="what epsilon may be; left out: what it is")
+    parser.add_argument("--batch-size", type=int, help="expected batch size; left out: the largest")
+    parser.add_argument("--noise-multiplier", type=float, help="noise over clip; left out: the smallest")
+    _add_length_and_sampling(parser, required=False)
+
+
+def _add_length_and_sampling(parser: argparse.ArgumentParser, required: bool) -> None:
+    most = "" if required else "; both left out: the most"
+    length = parser.add_mutually_exclusive_group(required=required)
+    length.add_argument("--epochs", type=float, help=f"passes over the data{most}")
+    length.add_argument("--steps", type=int, help=f"batches in all{most}")
     parser.add_argument(
         "--sampling",
         choices=("poisson", "shuffle"),
@@ -78,7 +116,8 @@ def _add_dpsgd(parser: argparse.ArgumentParser) -> None:
 def _add_fedavg(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-clients", type=int, required=True, help="clients that could take part")
     parser.add_argument("--clients-per-round", type=int, required=True, help="expected clients in one round")
-    _add_noise_and_delta(parser)
+    _add_noise(parser)
+    _add_delta(parser)
     parser.add_argument("--rounds", type=int, required=True, help="rounds in all")
     parser.add_argument(
         "--sampling",
@@ -88,27 +127,52 @@ def _add_fedavg(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_noise_and_delta(parser: argparse.ArgumentParser) -> None:
+def _add_noise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--noise-multiplier", type=float, required=True, help="noise over clip; 0 means no privacy")
+
+
+def _add_delta(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--delta", type=float, required=True, help="in (0, 1), well below 1 / number protected")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder of the run, or its ledger file")
-    parser.add_argument("--delta", type=float, help="in (0, 1); default: the one the run recorded")
+    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="the folder of a run, or its ledger file")
+    parser.add_argument("--delta", type=float, help="in (0, 1); default: the one the runs recorded")
 
 
-def _run_command(options: dict[str, Any]) -> Report:
-    command = options.pop("command")
-    if command == "dpsgd":
-        return dpsgd(**options)
-    if command == "fedavg":
-        return fedavg(**options)
-    report = compute_epsilon(options["run_dir"], delta=options["delta"])
-    populations = [event.population for account in report.accounts for event in account.events if event.population]
-    if populations:
-        accounting.check_delta(report.delta, min(populations))
-    return report
+_TYPED_IN: dict[str, Callable[..., Report]] = {"dpsgd": dpsgd, "fedavg": fedavg, "solve": solve}
+
+
+def _reports(command: str, options: dict[str, Any]) -> list[Report]:
+    if command in _TYPED_IN:
+        return [_TYPED_IN[command](**options)]
+    run_dirs, delta = options["run_dirs"], options["delta"]
+    if command == "compose":
+        reports = [compose(run_dirs, delta=delta)]
+    else:
+        reports = [compute_epsilon(run_dir, delta=delta) for run_dir in run_dirs]
+    for report in reports:
+        populations = [event.population for account in report.accounts for event in account.events if event.population]
+        if populations:
+            accounting.check_delta(report.delta, min(populations))
+    return reports
+
+
+def _written(reports: list[Report], output: str) -> str:
+    if output == "csv":
+        head, *_ = tables = [report.to_csv() for report in reports]
+        return head + "".join(table.partition("\n")[2] for table in tables[1:])
+    if output == "json":
+        return (reports[0].to_json() if len(reports) == 1 else _json_list(reports)) + "\n"
+    return "\n\n\n".join(map(str, reports)) + "\n"
+
+
+def _json_list(reports: list[Report]) -> str:
+    return json.dumps([json.loads(report.to_json()) for report in reports], indent=2, allow_nan=False)
+
+
+def _largest(reports: list[Report]) -> float:
+    return max((account.epsilon for report in reports for account in report.accounts), default=0.0)
 
 
 def _with_option_names(sentence: str, options: Iterable[str]) -> str:
@@ -125,22 +189,27 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the words after the command; None takes those of the process.
 
     Returns:
-      0, or 2 after one sentence on stderr that says what is wrong.
+      0; 3 after one sentence on stderr if an epsilon is over `--budget`; 2 after one that says what is wrong.
     """
     options = vars(_parser().parse_args(argv))
-    as_json = options.pop("json")
     names = sorted(options, key=len, reverse=True)
+    command, budget, as_json, as_csv = (options.pop(name) for name in ("command", "budget", "json", "csv"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            report = _run_command(options)
+            if budget is not None:
+                _check.positive(budget=budget)
+            reports = _reports(command, options)
         except PrivacyError as error:
             sys.stderr.write(f"compute-epsilon: {_with_option_names(str(error), names)}\n")
-            return 2
+            return MISTAKE
     for message in dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, UserWarning)):
         sys.stderr.write(f"compute-epsilon: warning: {_with_option_names(message, names)}\n")
-    sys.stdout.write((report.to_json() if as_json else str(report)) + "\n")
-    return 0
+    sys.stdout.write(_written(reports, "json" if as_json else "csv" if as_csv else "text"))
+    if budget is not None and _largest(reports) > budget:
+        sys.stderr.write(f"compute-epsilon: epsilon {figure(_largest(reports))} is over --budget {budget:g}.\n")
+        return OVER_BUDGET
+    return WITHIN
 
 
 if __name__ == "__main__":

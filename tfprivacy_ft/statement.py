@@ -13,7 +13,7 @@ from tfprivacy_ft.events import Event
 if TYPE_CHECKING:
     from tfprivacy_ft.compute_epsilon import Report
 
-__all__ = ["against", "not_covered", "statement"]
+__all__ = ["against", "figure", "not_covered", "statement"]
 
 _WIDTH = 100
 
@@ -25,15 +25,15 @@ _RELATIONS = {
 _PROTECTED = {"example": "one training example", "client": "one client, with all of its data"}
 
 
-def _figure(value: float) -> str:
-    """Four significant digits, rounded up: a quoted epsilon is never smaller than the one computed."""
+def figure(value: float, digits: int = 4) -> str:
+    """`digits` significant digits, rounded up: a quoted epsilon is never smaller than the one computed."""
     if math.isinf(value):
         return "infinite"
     if value == 0:
         return "0"
-    scale = 10.0 ** (3 - math.floor(math.log10(value)))
+    scale = 10.0 ** (digits - 1 - math.floor(math.log10(value)))
     rounded = math.ceil(value * scale * (1 - 1e-12)) / scale
-    return f"{rounded:,.0f}" if rounded >= 1000 else f"{rounded:.4g}"
+    return f"{rounded:,.0f}" if rounded >= 10 ** (digits - 1) else f"{rounded:.{digits}g}"
 
 
 def against(account: Account) -> str:
@@ -77,7 +77,7 @@ def _headline(account: Account) -> str:
             f"epsilon is infinite for {_PROTECTED[account.unit]}: something was released without noise, so there is "
             "no privacy guarantee."
         )
-    return f"epsilon = {_figure(account.epsilon)} at delta = {account.delta:g} for {_PROTECTED[account.unit]}."
+    return f"epsilon = {figure(account.epsilon)} at delta = {account.delta:g} for {_PROTECTED[account.unit]}."
 
 
 def _meaning(account: Account) -> str:
@@ -87,31 +87,44 @@ def _meaning(account: Account) -> str:
         return f"{against(account)}. An epsilon this large promises next to nothing."
     return (
         f"From what was released, nobody can tell {against(account)}, at odds better than "
-        f"{_figure(math.exp(account.epsilon))} to 1 if the odds were even before, but for a probability of about "
+        f"{figure(math.exp(account.epsilon))} to 1 if the odds were even before, but for a probability of about "
         f"{account.delta:g}."
     )
 
 
 def _account_to_text(account: Account, report: "Report") -> list[str]:
     at = f"at delta = {account.delta:g}"
-    pld = "no bound is known" if account.epsilon_pld is None else f"epsilon = {_figure(account.epsilon_pld)} {at}"
+    pld = "no bound is known" if account.epsilon_pld is None else f"epsilon = {figure(account.epsilon_pld)} {at}"
     rows = [
         ("Who is protected:", f"{_PROTECTED[account.unit]}."),
         ("Against what:", _meaning(account)),
         ("By PLD:", pld),
-        ("By RDP:", f"epsilon = {_figure(account.epsilon_rdp)} {at}"),
+        ("By RDP:", f"epsilon = {figure(account.epsilon_rdp)} {at}"),
         (
             "Not amplified:",
-            f"epsilon = {_figure(account.epsilon_without_amplification)} if the sampling is not believed",
+            f"epsilon = {figure(account.epsilon_without_amplification)} if the sampling is not believed",
         ),
     ]
     if account.epsilon_replace_one is not None:
-        replaced = _figure(account.epsilon_replace_one)
+        replaced = figure(account.epsilon_replace_one)
         rows.append(("If replaced:", f"epsilon = {replaced} against replacing one {account.unit} by any other"))
     for event in account.events:
         rows.append(("What ran:", f"{_sampling_in_words(event)}; noise multiplier {event.noise_multiplier:g}."))
     rows.append(("Source:", f"{report.source}."))
     return [textwrap.fill(_headline(account), _WIDTH), *(_row(label, text) for label, text in rows)]
+
+
+def _solved_in_words(solved: dict[str, float]) -> str:
+    """Whole numbers as they are; a noise multiplier rounded up, so that what is typed off keeps the promise."""
+    figures = {
+        "noise_multiplier": lambda value: figure(value, digits=6),
+        "epochs": lambda value: f"{value:,.6g}",
+        "epsilon": figure,
+    }
+    return ", ".join(
+        f"{name.replace('_', ' ')} = {figures.get(name, lambda whole: f'{whole:,}')(value)}"
+        for name, value in solved.items()
+    )
 
 
 def not_covered(report: "Report") -> list[str]:
@@ -137,6 +150,8 @@ def statement(report: "Report") -> str:
         blocks = [["epsilon = 0: nothing was released.", _row("Source:", f"{report.source}.")]]
     if len(blocks) > 1:
         blocks.insert(0, ["Several units or relations: the figures stand side by side and do not add up."])
+    if report.solved:
+        blocks.insert(0, [textwrap.fill(f"Solved for: {_solved_in_words(report.solved)}.", _WIDTH)])
     if report.unsettled:
         text = f"Reserved blocks that may not have run to the end, counted in full: {report.unsettled:,}."
         blocks.append([textwrap.fill(text, _WIDTH)])

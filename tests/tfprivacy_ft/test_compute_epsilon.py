@@ -1,10 +1,12 @@
+import csv
+import io
 import math
 
 import pytest
 from epsilon_helpers import DPSGD, FEDAVG, a_run, strict_json
 
 from tfprivacy_ft import statement
-from tfprivacy_ft.compute_epsilon import compute_epsilon, dpsgd, fedavg
+from tfprivacy_ft.compute_epsilon import compose, compute_epsilon, dpsgd, fedavg, solve
 from tfprivacy_ft.errors import InvalidArgumentError, LedgerError, UnsupportedEventError
 from tfprivacy_ft.events import Event
 from tfprivacy_ft.ledger import Ledger
@@ -140,7 +142,96 @@ def test_delta_must_come_from_somewhere(tmp_path):
         compute_epsilon(tmp_path / "elsewhere")
 
 
-# The text and the JSON.
+def test_runs_compose_to_what_their_events_do(tmp_path):
+    head, rest = (
+        Event.poisson(count=n, noise_multiplier=z, sampling_probability=q, population=1000)
+        for n, z, q in ((50, 1.5, 0.02), (80, 1.1, 0.05))
+    )
+    notes = [("training metrics", "loss of every epoch.")]
+    runs = [a_run(tmp_path / "head", [head], notes=notes), a_run(tmp_path / "all", [rest, head], notes=notes)]
+    report = compose(runs)
+    assert report.epsilon == compute_epsilon([head, head, rest], delta=1e-5).epsilon
+    assert report.epsilon > max(compute_epsilon(run).epsilon for run in runs)
+    assert (
+        report.recorded and len(report.notes) == 1 and report.facts[str(runs[1] / "ledger.jsonl")] == {"model": "cnn"}
+    )
+    assert "the same data" in " ".join(str(report).split())
+    clients = a_run(tmp_path / "clients", [Event.unknown(count=1, noise_multiplier=3.0, unit="client")])
+    side_by_side = compose([*runs, clients])
+    assert [a.unit for a in side_by_side.accounts] == ["example", "client"]
+    assert side_by_side.accounts[0].epsilon == report.epsilon
+
+
+def test_runs_that_cannot_be_composed_get_one_sentence(tmp_path):
+    event = Event.unknown(count=1, noise_multiplier=3.0)
+    one, other = a_run(tmp_path / "one", [event]), a_run(tmp_path / "other", [event], delta=1e-6)
+    with pytest.raises(InvalidArgumentError, match="is named 2 times"):
+        compose([one, one / "ledger.jsonl"])
+    with pytest.raises(InvalidArgumentError, match="recorded 1e-06 and 1e-05"):
+        compose([one, other])
+    assert compose([one, other], delta=1e-6).delta == 1e-6
+    with pytest.raises(InvalidArgumentError, match="at least one run"):
+        compose([])
+
+
+SETTINGS = {"batch_size": 60, "noise_multiplier": 1.0, "steps": 300, "target_epsilon": 2.0}
+
+
+@pytest.mark.parametrize("sampling", ["poisson", "shuffle"])
+@pytest.mark.parametrize("unknown", ["batch_size", "noise_multiplier", "steps"])
+def test_what_is_solved_for_meets_the_target_and_hardly_anything_more_does(unknown, sampling):
+    common = {"num_examples": 3000, "delta": 1e-5}
+    given = SETTINGS | {"noise_multiplier": 1.0 if sampling == "poisson" else 8.0, unknown: None}
+    report = solve(**common, **given, sampling=sampling)
+    answer = report.solved[unknown]
+    target = given.pop("target_epsilon")
+    assert report.epsilon <= target
+    beyond = {"noise_multiplier": answer * 0.998, "batch_size": answer + 1, "steps": answer + 1}[unknown]
+    assert dpsgd(**common, **{**given, unknown: beyond}, sampling=sampling).epsilon > target
+    assert dpsgd(**common, **{**given, unknown: answer}, sampling=sampling).epsilon == report.epsilon
+    if unknown == "steps":
+        assert report.solved["epochs"] == answer * 60 / 3000
+
+
+def test_the_epsilon_of_settings_is_solved_for_too():
+    report = solve(**DPSGD)
+    assert report.solved == {"epsilon": report.epsilon} and report.epsilon == dpsgd(**DPSGD).epsilon
+    assert str(report).startswith("Solved for: epsilon = 2.382.\n")
+    assert strict_json(report.to_json())["solved"]["epsilon"] == report.epsilon
+
+
+def test_a_printed_noise_multiplier_is_never_too_small():
+    report = solve(num_examples=1000, delta=1e-5, batch_size=10, steps=1000, target_epsilon=1.0)
+    printed = float(str(report).split("noise multiplier = ")[1].split()[0].rstrip("."))
+    assert report.solved["noise_multiplier"] <= printed <= report.solved["noise_multiplier"] * 1.00002
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"steps": None, "batch_size": None}, "2 of batch_size, noise_multiplier, epochs or steps, target_epsilon"),
+        ({}, "0 of batch_size"),
+        ({"noise_multiplier": None, "target_epsilon": -1.0}, "target_epsilon=-1"),
+        ({"steps": None, "noise_multiplier": 0.0}, "noise_multiplier=0.0"),
+        ({"steps": None, "batch_size": 4000}, "batch_size=4000"),
+        ({"steps": None, "target_epsilon": 1e-3}, "by a single step"),
+        ({"batch_size": None, "target_epsilon": 1e-3}, "by a single example"),
+    ],
+)
+def test_what_cannot_be_solved_gets_one_sentence(changes, sentence):
+    with pytest.raises(InvalidArgumentError, match=sentence):
+        solve(num_examples=3000, delta=1e-5, **{**SETTINGS, **changes})
+
+
+# The text, the JSON and the table.
+
+
+def test_the_table_has_a_row_for_each_account():
+    events = [Event.unknown(count=3, noise_multiplier=2.0), Event.unknown(count=1, noise_multiplier=0.0, unit="client")]
+    report = compute_epsilon(events, delta=1e-5)
+    example, client = csv.DictReader(io.StringIO(report.to_csv()))
+    assert float(example["epsilon"]) == report.accounts[0].epsilon and example["releases"] == "3"
+    assert (client["unit"], client["epsilon"], client["samplers"]) == ("client", "inf", "unknown")
 
 
 def test_no_noise_is_called_no_privacy():
@@ -175,7 +266,7 @@ def test_json_takes_numbers_of_numpy():
      (123456.2, "123,500"), (0.00123411, "0.001235"), (9.9999, "10"), (math.inf, "infinite")],
 )  # fmt: skip
 def test_quoted_figures_are_rounded_up(value, text):
-    assert statement._figure(value) == text
+    assert statement.figure(value) == text
 
 
 def test_a_typed_in_report_says_so():

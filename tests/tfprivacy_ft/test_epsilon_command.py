@@ -40,6 +40,43 @@ def test_the_command_reports_a_run(tmp_path, capsys):
     assert "warning: --delta 0.05 is not below 1/100" in capsys.readouterr().err
 
 
+def test_several_runs_are_reported_each_by_itself_or_together(tmp_path, capsys):
+    event = Event.unknown(count=1, noise_multiplier=2.0)
+    runs = [str(a_run(tmp_path / name, [event])) for name in ("one", "other")]
+    assert main(["run", *runs, "--json"]) == 0
+    one, other = strict_json(capsys.readouterr().out)
+    assert one["epsilon"] == other["epsilon"] and one["source"] != other["source"]
+    assert main(["compose", *runs, "--json"]) == 0
+    assert strict_json(capsys.readouterr().out)["epsilon"] > one["epsilon"]
+    assert main(["run", *runs, "--csv"]) == 0
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == ["unit", "example", "example"]
+    assert main(["run", *runs]) == 0
+    assert capsys.readouterr().out.count("\n  Source:") == 2
+    assert main(["compose", runs[0], runs[0]]) == 2
+    assert "named 2 times" in capsys.readouterr().err
+
+
+def test_the_exit_code_says_whether_epsilon_is_within_the_budget(tmp_path, capsys):
+    runs = [str(a_run(tmp_path / f"{z}", [Event.unknown(count=1, noise_multiplier=z)])) for z in (1.0, 2.0)]
+    assert main(["run", *runs, "--budget", "4.4"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["run", *runs, "--budget", "4.3"]) == 3
+    out, err = capsys.readouterr()
+    assert "epsilon = 4.378" in out and err == "compute-epsilon: epsilon 4.378 is over --budget 4.3.\n"
+    assert main(["dpsgd", *words(DPSGD, noise_multiplier=0), "--budget", "1e9"]) == 3
+    assert main(["run", *runs, "--budget", "0"]) == 2
+    assert "--budget 0" in capsys.readouterr().err
+
+
+def test_the_command_solves(capsys):
+    options = words(DPSGD, noise_multiplier=None, epochs=None, steps=10)
+    assert main(["solve", *options, "--target-epsilon", "1", "--json"]) == 0
+    fields = strict_json(capsys.readouterr().out)
+    assert 0.995 < fields["epsilon"] <= 1.0 and fields["solved"]["noise_multiplier"] > 0
+    assert main(["solve", *options]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -68,7 +105,7 @@ def test_a_large_delta_is_a_warning_on_stderr(capsys):
     assert "warning: --delta 0.0001 is not below 1/60000" in err and "epsilon" in out
 
 
-@pytest.mark.parametrize("command", [[], ["dpsgd"], ["fedavg"], ["run"]])
+@pytest.mark.parametrize("command", [[], ["dpsgd"], ["fedavg"], ["run"], ["compose"], ["solve"]])
 def test_help_has_worked_examples(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
@@ -79,8 +116,8 @@ def test_help_has_worked_examples(command, capsys):
 def test_the_examples_of_the_help_work(capsys):
     text = epsilon_command._EXAMPLES.replace("\\\n", " ")
     commands = [line.split()[1:] for line in text.splitlines() if line.strip().startswith("compute-epsilon ")]
-    assert len(commands) == 4
-    for argv in commands[:3]:
+    assert len(commands) == 7
+    for argv in commands[:4]:
         assert main(argv) == 0
         assert "warning" not in capsys.readouterr().err
 
