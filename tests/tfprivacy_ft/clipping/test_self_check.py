@@ -46,7 +46,7 @@ def test_a_model_that_draws_at_random_is_held_against_its_own_draws():
 
 def test_a_broken_rule_is_seen(monkeypatch):
     whole = products.Products.weighted_sum
-    monkeypatch.setattr(products.Products, "weighted_sum", lambda self, weights: 1.5 * whole(self, weights))
+    monkeypatch.setattr(products.Products, "weighted_sum", lambda self, *given: 1.5 * whole(self, *given))
     found = check(model_of(), X, Y, LOSS)
     assert not found.passed
     assert str(found).splitlines()[-1].startswith("FAILED")
