@@ -387,6 +387,22 @@ MUTANTS = (
         "golden or fixed",
     ),
     Mutant(
+        "a user counted as one example",
+        "accounting.py",
+        "return self.noise_multiplier / self.group",
+        "return self.noise_multiplier",
+        "tests/tfprivacy_ft/test_accounting.py",
+        "a_user",
+    ),
+    Mutant(
+        "batches that repeat examples allowed",
+        "sampling.py",
+        'if is_batched and "Repeat" in kind:',
+        'if not is_batched and "Repeat" in kind:',
+        "tests/tfprivacy_ft/test_sampling.py",
+        "repeated_before",
+    ),
+    Mutant(
         "open reservations not counted",
         "ledger.py",
         "*self._settled, *self.outstanding.values()",

@@ -207,8 +207,9 @@ def dpsgd(
     epochs: float | None = None,
     steps: int | None = None,
     sampling: Literal["poisson", "shuffle"] = "poisson",
+    examples_per_user: int | None = None,
 ) -> Report:
-    """The privacy of DP-SGD with these settings, for one example.
+    """The privacy of DP-SGD with these settings, for one example, or for one user.
 
     Args:
       num_examples: size of the data set, >= 1.
@@ -219,6 +220,8 @@ def dpsgd(
       steps: >= 1; give either epochs or steps.
       sampling: `"poisson"`: each example is in each batch independently. `"shuffle"`: each example at most once per
         epoch, without amplification; steps are taken to be epochs that leave out the last partial batch.
+      examples_per_user: >= 1, the most examples that one user has; protects a user with all of them. None protects one
+        example.
 
     Returns:
       The report.
@@ -238,23 +241,27 @@ def dpsgd(
     _check.at_most("num_examples", num_examples, batch_size=batch_size)
     _check.non_negative(noise_multiplier=noise_multiplier)
     accounting.check_delta(delta, num_examples)
-    event = _dpsgd_event(num_examples, batch_size, noise_multiplier, epochs, steps, sampling)
+    event = _dpsgd_event(num_examples, batch_size, noise_multiplier, epochs, steps, sampling, examples_per_user)
     return _report([event], delta, None, _TYPED_IN, recorded=False)
 
 
 def _dpsgd_event(
-    num_examples: int, batch_size: int, noise_multiplier: float, epochs: float | None, steps: int | None, sampling: str
+    num_examples: int,
+    batch_size: int,
+    noise_multiplier: float,
+    epochs: float | None,
+    steps: int | None,
+    sampling: str,
+    examples_per_user: int | None,
 ) -> Event:
     count, passes = _steps_and_passes(num_examples, batch_size, epochs, steps)
+    common: dict[str, Any] = {"count": count, "noise_multiplier": noise_multiplier, "population": num_examples}
+    if examples_per_user is not None:
+        common |= {"unit": "user", "examples_per_user": examples_per_user}
     if sampling == "poisson":
-        return Event.poisson(
-            count=count,
-            noise_multiplier=noise_multiplier,
-            sampling_probability=batch_size / num_examples,
-            population=num_examples,
-        )
+        return Event.poisson(sampling_probability=batch_size / num_examples, **common)
     if sampling == "shuffle":
-        return Event.shuffled(count=count, passes=passes, noise_multiplier=noise_multiplier, population=num_examples)
+        return Event.shuffled(passes=passes, **common)
     raise InvalidArgumentError(f"sampling={sampling!r} is not allowed: give 'poisson' or 'shuffle'.")
 
 
@@ -268,11 +275,12 @@ def solve(
     steps: int | None = None,
     target_epsilon: float | None = None,
     sampling: Literal["poisson", "shuffle"] = "poisson",
+    examples_per_user: int | None = None,
 ) -> Report:
     """The one setting of DP-SGD that is left out, given all the others; never less privacy than asked.
 
     Args:
-      num_examples, delta, sampling: as in `dpsgd`.
+      num_examples, delta, sampling, examples_per_user: as in `dpsgd`.
       batch_size: as in `dpsgd`; None for the largest.
       noise_multiplier: > 0; None for the smallest, to 0.01 %.
       epochs, steps: as in `dpsgd`; both None for the largest number of steps (of whole epochs where batches are shuffled).
@@ -313,7 +321,7 @@ def solve(
     target: dict[str, Any] = {"target_epsilon": target_epsilon, "delta": delta}
 
     def event(size=batch_size, noise=noise_multiplier, number=steps) -> Event:
-        return _dpsgd_event(num_examples, size, noise, epochs, number, sampling)
+        return _dpsgd_event(num_examples, size, noise, epochs, number, sampling, examples_per_user)
 
     solved: dict[str, float]
     if missing == ["noise_multiplier"]:
@@ -442,6 +450,7 @@ def _account_to_dict(account: Account) -> dict[str, Any]:
         "delta": account.delta,
         "epsilon": _json_number(account.epsilon),
         "accountant": account.accountant,
+        "by_group_lemma": account.by_group_lemma,
         "is_private": math.isfinite(account.epsilon),
         "epsilon_pld": _json_number(account.epsilon_pld),
         "epsilon_rdp": _json_number(account.epsilon_rdp),

@@ -111,6 +111,9 @@ def _add_length_and_sampling(parser: argparse.ArgumentParser, required: bool) ->
         default="poisson",
         help="how batches are drawn: each example independently, or each once per epoch (default: poisson)",
     )
+    parser.add_argument(
+        "--examples-per-user", type=int, help="the most examples of one user; protects users rather than examples"
+    )
 
 
 def _add_fedavg(parser: argparse.ArgumentParser) -> None:

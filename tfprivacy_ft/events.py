@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from numbers import Integral
 from typing import Any, Literal
 
+from tfprivacy_ft import _check
 from tfprivacy_ft.errors import InvalidArgumentError
 
-Unit = Literal["example", "client"]
+Unit = Literal["example", "user", "client"]
 Sampler = Literal["poisson", "shuffled", "fixed", "unknown"]
 Relation = Literal["add_or_remove_one", "zero_out", "replace_one"]
 
@@ -30,7 +31,7 @@ class Event:
     """`count` releases of one Gaussian mechanism on sampled units of privacy.
 
     Args:
-      unit: who is protected, `"example"` or `"client"`.
+      unit: who is protected: `"example"`, `"user"` (all examples of one, at most `examples_per_user`) or `"client"`.
       sampler: how the units of one release were chosen. `"poisson"`: each independently with
         `sampling_probability`. `"shuffled"`: each at most once in a pass, no amplification. `"fixed"`:
         `cohort_size` of `population`, uniformly without replacement. `"unknown"`: anything else, taken to be
@@ -42,6 +43,8 @@ class Event:
       cohort_size: units in one release, for `"fixed"`.
       participations: the most releases any one unit took part in: passes for `"shuffled"`, and `count` otherwise.
       l2_norm_clip: the clip, for the record; epsilon does not depend on it.
+      examples_per_user: the most examples that one user has, >= 1, for the unit `"user"`. What is sampled and clipped, and
+        counted in `population` and `participations`, is a single example.
 
     Raises:
       InvalidArgumentError: a value is outside its range.
@@ -60,10 +63,16 @@ class Event:
     sampling_probability: float | None = None
     cohort_size: int | None = None
     l2_norm_clip: float | None = None
+    examples_per_user: int = 1
 
     def __post_init__(self):
-        if self.unit not in ("example", "client"):
-            raise InvalidArgumentError(f"unit={self.unit!r} is not a unit of privacy: use 'example' or 'client'.")
+        if self.unit not in ("example", "user", "client"):
+            raise InvalidArgumentError(f"unit={self.unit!r} is no unit of privacy: use 'example', 'user' or 'client'.")
+        _check.positive_integer(examples_per_user=self.examples_per_user)
+        if self.examples_per_user > 1 and self.unit != "user":
+            raise InvalidArgumentError(
+                f"examples_per_user={self.examples_per_user} does not go with unit={self.unit!r}: give unit='user'."
+            )
         if self.sampler not in RELATIONS:
             raise InvalidArgumentError(f"sampler={self.sampler!r} is unknown: use one of {', '.join(RELATIONS)}.")
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
@@ -118,6 +127,7 @@ class Event:
         population: int | None = None,
         unit: Unit = "example",
         l2_norm_clip: float | None = None,
+        examples_per_user: int = 1,
     ) -> "Event":
         """Each unit takes part in each of `count` releases independently with `sampling_probability`."""
         return cls(
@@ -129,6 +139,7 @@ class Event:
             population=population,
             sampling_probability=sampling_probability,
             l2_norm_clip=l2_norm_clip,
+            examples_per_user=examples_per_user,
         )
 
     @classmethod
@@ -141,6 +152,7 @@ class Event:
         population: int | None = None,
         unit: Unit = "example",
         l2_norm_clip: float | None = None,
+        examples_per_user: int = 1,
     ) -> "Event":
         """`count` releases in which no unit took part more than `passes` times."""
         return cls(
@@ -151,6 +163,7 @@ class Event:
             participations=passes,
             population=population,
             l2_norm_clip=l2_norm_clip,
+            examples_per_user=examples_per_user,
         )
 
     @classmethod
@@ -185,6 +198,7 @@ class Event:
         population: int | None = None,
         unit: Unit = "example",
         l2_norm_clip: float | None = None,
+        examples_per_user: int = 1,
     ) -> "Event":
         """Batches that nobody vouches for: every unit is taken to be in every release."""
         return cls(
@@ -195,6 +209,7 @@ class Event:
             participations=count,
             population=population,
             l2_norm_clip=l2_norm_clip,
+            examples_per_user=examples_per_user,
         )
 
 

@@ -275,9 +275,10 @@ class Ledger:
     def _check_settlement(self, reserved: list[Event], event: Event) -> None:
         """Afterwards a run may own up to less privacy per release, never claim more than it reserved."""
         _check_event(event)
-        if any(one.unit != event.unit for one in reserved):
+        if any((one.unit, one.examples_per_user) != (event.unit, event.examples_per_user) for one in reserved):
             raise InvalidArgumentError(
-                f"unit={event.unit!r} was not reserved: settle with the unit of the reservation."
+                f"unit={event.unit!r} with examples_per_user={event.examples_per_user} was not reserved: settle with the unit "
+                "of the reservation."
             )
         if event.sampler in ("poisson", "fixed") and any(_sampling(one) != _sampling(event) for one in reserved):
             raise InvalidArgumentError(

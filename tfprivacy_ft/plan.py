@@ -13,7 +13,7 @@ from typing import Any
 
 from tfprivacy_ft import _check, accounting
 from tfprivacy_ft.compute_epsilon import Report, compute_epsilon
-from tfprivacy_ft.errors import InvalidArgumentError
+from tfprivacy_ft.errors import DatasetError, InvalidArgumentError
 from tfprivacy_ft.events import Event
 from tfprivacy_ft.ledger import Ledger
 from tfprivacy_ft.recorder import Recorder
@@ -44,6 +44,8 @@ class PrivacyPlan:
         then shows k times as many batches; steps, here and in the ledger, are those of whole batches.
       rows_per_example: K >= 1; K consecutive rows of the data are one example, clipped, drawn and protected as one, such
         as the augmentations of an image. `num_examples` and `batch_size` count examples.
+      examples_per_user: k >= 1, the most examples that belong to one person; then epsilon, and the budget, protect a person
+        with all of them. None protects single examples, which is less than it sounds where records are not people.
 
     Raises:
       InvalidArgumentError: an argument is outside its range.
@@ -65,6 +67,7 @@ class PrivacyPlan:
     steps_per_block: int | None = None
     accumulation_steps: int = 1
     rows_per_example: int = 1
+    examples_per_user: int | None = None
 
     def __post_init__(self):
         _check_sizes(self.num_examples, self.batch_size, self.epochs)
@@ -75,6 +78,8 @@ class PrivacyPlan:
             _check.positive(target_epsilon=self.target_epsilon)
         if self.steps_per_block is not None:
             _check.positive_integer(steps_per_block=self.steps_per_block)
+        if self.examples_per_user is not None:
+            _check.positive_integer(examples_per_user=self.examples_per_user)
         if self.noise_multiplier == 0:
             warnings.warn("noise_multiplier=0 adds no noise: epsilon is infinite, nothing is private.", stacklevel=3)
         self._ledger = Ledger.in_memory(delta=self.delta, facts=self._facts())
@@ -93,13 +98,14 @@ class PrivacyPlan:
         steps_per_block: int | None = None,
         accumulation_steps: int = 1,
         rows_per_example: int = 1,
+        examples_per_user: int | None = None,
     ) -> "PrivacyPlan":
         """The plan with the least noise that keeps Poisson batches within `target_epsilon`; never less privacy.
 
         Args:
-          target_epsilon: > 0, by the PLD accountant, for adding or removing one example.
-          delta, num_examples, batch_size, epochs, steps_per_block, accumulation_steps, rows_per_example: as in the
-            class.
+          target_epsilon: > 0, by the PLD accountant, for adding or removing one example, or one user.
+          delta, num_examples, batch_size, epochs, steps_per_block, accumulation_steps, rows_per_example,
+            examples_per_user: as in the class.
 
         Raises:
           InvalidArgumentError: an argument is outside its range, or no noise reaches the target.
@@ -112,11 +118,14 @@ class PrivacyPlan:
         _check_sizes(num_examples, batch_size, epochs)
         _check.positive(target_epsilon=target_epsilon)
         _check.open_unit_interval(delta=delta)
+        if examples_per_user is not None:
+            _check.positive_integer(examples_per_user=examples_per_user)
         steps = math.ceil(num_examples / batch_size) * epochs
+        sampling = Sampling("poisson", num_examples, batch_size / num_examples)
 
         def events(noise_multiplier: float) -> Event:
-            return Event.poisson(
-                count=steps, noise_multiplier=noise_multiplier, sampling_probability=batch_size / num_examples
+            return sampling.event(
+                steps, noise_multiplier=noise_multiplier, l2_norm_clip=None, examples_per_user=examples_per_user
             )
 
         noise = accounting.solve_noise_multiplier(target_epsilon=target_epsilon, delta=delta, events_for=events)
@@ -130,6 +139,7 @@ class PrivacyPlan:
             steps_per_block,
             accumulation_steps,
             rows_per_example,
+            examples_per_user,
         )
 
     @property
@@ -147,12 +157,18 @@ class PrivacyPlan:
         """Steps planned in all."""
         return self.steps_per_epoch * self.epochs
 
-    def batches(self, x: Any, y: Any, *, sample_weight: Any = None, pad_to: int | None = None) -> Any:
+    def batches(
+        self, x: Any, y: Any, *, sample_weight: Any = None, pad_to: int | None = None, user_ids: Any = None
+    ) -> Any:
         """Poisson batches of these examples, for `model.fit`; see `poisson_batches`.
 
+        Args:
+          x, y, sample_weight, pad_to: as there.
+          user_ids: whose each example is, [num_examples], to check `examples_per_user` by; None takes it on trust.
+
         Raises:
-          InvalidArgumentError: x does not hold `num_examples` examples.
-          DatasetError: x, y and sample_weight differ in length.
+          InvalidArgumentError: x or user_ids does not hold `num_examples` examples.
+          DatasetError: x, y and sample_weight differ in length, or one user has too many examples.
         """
         size = number_of_examples(x, y, sample_weight, rows_per_example=self.rows_per_example)
         if size != self.num_examples:
@@ -160,6 +176,8 @@ class PrivacyPlan:
                 f"x holds {size} examples and the plan was made for num_examples={self.num_examples}: make the plan for "
                 "the data that is trained on."
             )
+        if user_ids is not None:
+            self._check_users(user_ids)
         batches = poisson_batches(
             x,
             y,
@@ -171,6 +189,22 @@ class PrivacyPlan:
         )
         self._drawn.add(batches)
         return batches
+
+    def _check_users(self, user_ids: Any) -> None:
+        import numpy as np
+
+        owners = np.asarray(user_ids).reshape(-1)
+        if len(owners) != self.num_examples:
+            raise InvalidArgumentError(
+                f"user_ids names the owners of {len(owners)} examples and the plan has num_examples={self.num_examples}: "
+                "name one for each example."
+            )
+        most = int(np.unique(owners, return_counts=True)[1].max())
+        if most > (self.examples_per_user or 1):
+            raise DatasetError(
+                f"one user has {most} examples and the plan was made for examples_per_user={self.examples_per_user}: make it "
+                f"for {most}, or drop what is beyond of each user's."
+            )
 
     def optimizer(self, optimizer_class: type, *, l2_norm_clip: float | None, **arguments: Any) -> Any:
         """A DP optimizer with this plan's noise and expected batch size, whose steps this plan records.
@@ -219,10 +253,15 @@ class PrivacyPlan:
         mechanism, noise = optimizer.mechanism, optimizer.noise_multiplier
         clip = None if mechanism.moving_clip is not None else optimizer.l2_norm_clip
         mechanism.has_plan = True
-        micro_batches = self.accumulation_steps
 
         def event(sampling: Sampling, steps: int) -> Event:
-            return sampling.event(steps, noise_multiplier=noise, l2_norm_clip=clip, accumulation_steps=micro_batches)
+            return sampling.event(
+                steps,
+                noise_multiplier=noise,
+                l2_norm_clip=clip,
+                accumulation_steps=self.accumulation_steps,
+                examples_per_user=self.examples_per_user,
+            )
 
         self._recorders[mechanism] = Recorder(
             mechanism.guard,
@@ -353,6 +392,7 @@ class PrivacyPlan:
             "target_epsilon",
             "accumulation_steps",
             "rows_per_example",
+            "examples_per_user",
         )
         return {name: getattr(self, name) for name in fields}
 

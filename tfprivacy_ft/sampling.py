@@ -34,11 +34,18 @@ class Sampling:
     pass_length: int | None = None
 
     def event(
-        self, steps: int, *, noise_multiplier: float, l2_norm_clip: float | None, accumulation_steps: int = 1
+        self,
+        steps: int,
+        *,
+        noise_multiplier: float,
+        l2_norm_clip: float | None,
+        accumulation_steps: int = 1,
+        examples_per_user: int | None = None,
     ) -> Event:
         """The event of `steps` steps that saw such batches, each in `accumulation_steps` micro-batches.
 
-        In batches that nobody vouches for, an example may be in every micro-batch, and moves the sum by as many clips.
+        It protects one example, or with `examples_per_user` all of a user's, of whom none has more. In batches that nobody
+        vouches for, an example may be in every micro-batch, and moves the sum by as many clips.
         """
         if self.sampler == "unknown":
             noise_multiplier /= accumulation_steps
@@ -48,6 +55,8 @@ class Sampling:
             "population": self.population,
             "l2_norm_clip": l2_norm_clip,
         }
+        if examples_per_user is not None:
+            common |= {"unit": "user", "examples_per_user": examples_per_user}
         if self.sampler == "poisson":
             assert self.sampling_probability is not None
             return Event.poisson(sampling_probability=self.sampling_probability, **common)

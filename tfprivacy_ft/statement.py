@@ -22,7 +22,11 @@ _RELATIONS = {
     "zero_out": "whether {one} was used or blanked out, how many there are being public (zeroing out one {unit})",
     "replace_one": "what {one} was, how many there are being public (replacing one {unit} by any other)",
 }
-_PROTECTED = {"example": "one training example", "client": "one client, with all of its data"}
+_PROTECTED = {
+    "example": "one training example",
+    "user": "one user, with all of its examples, which are at most {most}",
+    "client": "one client, with all of its data",
+}
 
 
 def figure(value: float, digits: int = 4) -> str:
@@ -41,6 +45,10 @@ def against(account: Account) -> str:
     return _RELATIONS[account.relation].format(one=f"any one {account.unit}", unit=account.unit)
 
 
+def _protected(account: Account) -> str:
+    return _PROTECTED[account.unit].format(most=max((e.examples_per_user for e in account.events), default=1))
+
+
 def _row(label: str, text: str) -> str:
     indent = " " * 20
     return textwrap.fill(text, _WIDTH, initial_indent=f"  {label:<18}", subsequent_indent=indent)
@@ -52,7 +60,7 @@ def _bullet(text: str) -> str:
 
 def _sampling_in_words(event: Event) -> str:
     of = f" of {event.population:,}" if event.population else ""
-    unit, releases = event.unit, "rounds" if event.unit == "client" else "steps"
+    unit, releases = ("client", "rounds") if event.unit == "client" else ("example", "steps")
     if event.sampler == "poisson":
         return (
             f"{event.count:,} {releases}, each {unit}{of} in each of them independently with probability "
@@ -74,10 +82,10 @@ def _sampling_in_words(event: Event) -> str:
 def _headline(account: Account) -> str:
     if math.isinf(account.epsilon):
         return (
-            f"epsilon is infinite for {_PROTECTED[account.unit]}: something was released without noise, so there is "
+            f"epsilon is infinite for {_protected(account)}: something was released without noise, so there is "
             "no privacy guarantee."
         )
-    return f"epsilon = {figure(account.epsilon)} at delta = {account.delta:g} for {_PROTECTED[account.unit]}."
+    return f"epsilon = {figure(account.epsilon)} at delta = {account.delta:g} for {_protected(account)}."
 
 
 def _meaning(account: Account) -> str:
@@ -96,7 +104,7 @@ def _account_to_text(account: Account, report: "Report") -> list[str]:
     at = f"at delta = {account.delta:g}"
     pld = "no bound is known" if account.epsilon_pld is None else f"epsilon = {figure(account.epsilon_pld)} {at}"
     rows = [
-        ("Who is protected:", f"{_PROTECTED[account.unit]}."),
+        ("Who is protected:", f"{_protected(account)}."),
         ("Against what:", _meaning(account)),
         ("By PLD:", pld),
         ("By RDP:", f"epsilon = {figure(account.epsilon_rdp)} {at}"),
@@ -108,6 +116,9 @@ def _account_to_text(account: Account, report: "Report") -> list[str]:
     if account.epsilon_replace_one is not None:
         replaced = figure(account.epsilon_replace_one)
         rows.append(("If replaced:", f"epsilon = {replaced} against replacing one {account.unit} by any other"))
+    if account.by_group_lemma:
+        text = "from the figures for one example, by a lemma that holds for any mechanism: an upper bound."
+        rows.append(("Of a user:", text))
     for event in account.events:
         rows.append(("What ran:", f"{_sampling_in_words(event)}; noise multiplier {event.noise_multiplier:g}."))
     rows.append(("Source:", f"{report.source}."))

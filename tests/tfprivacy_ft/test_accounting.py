@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import logging
 import math
 import warnings
@@ -414,3 +415,78 @@ def test_a_budget_already_passed_is_an_error_not_zero_steps():
     spent = [Event.unknown(count=10, noise_multiplier=1.0)]
     with pytest.raises(BudgetExceededError, match="already spent"):
         accounting.solve_steps(target_epsilon=1.0, delta=1e-5, event=spent[0].with_count(1), spent=spent)
+
+
+# All examples of one user.
+
+
+HAS_MIXTURES = hasattr(dp_accounting.dp_event, "MixtureOfGaussiansDpEvent")
+
+
+def of_users(event, most):
+    return dataclasses.replace(event, unit="user", examples_per_user=most)
+
+
+@pytest.mark.parametrize("event", [shuffled(8.0, 3), Event.unknown(count=5, noise_multiplier=9.0)])
+def test_where_nothing_is_sampled_a_user_moves_the_sum_by_all_of_its_examples(event):
+    grouped, alone = of_users(event, 4), dataclasses.replace(event, noise_multiplier=event.noise_multiplier / 4)
+    for accountant in ("pld", "rdp"):
+        expected = accounting.epsilon(alone, 1e-5, accountant=accountant)
+        assert accounting.epsilon(grouped, 1e-5, accountant=accountant) == pytest.approx(expected, rel=1e-12)
+    (account,) = accounting.accounts(grouped, 1e-5)
+    assert account.unit == "user" and not account.by_group_lemma
+
+
+def test_a_user_with_one_example_has_the_epsilon_of_an_example():
+    event = poisson(0.01, 1.1, 200)
+    (of_user,), (of_example,) = (accounting.accounts(e, 1e-5) for e in (of_users(event, 1), event))
+    assert of_user.epsilon_pld == of_example.epsilon_pld and of_user.epsilon_rdp == of_example.epsilon_rdp
+
+
+@pytest.mark.slow
+def test_a_sampled_user_lies_between_one_example_and_all_of_them_in_every_batch():
+    event, delta = poisson(0.02, 1.5, 100), 1e-5
+    figures = [accounting.accounts(of_users(event, most), delta)[0] for most in (1, 2, 3)]
+    for less, more in itertools.pairwise(figures):
+        assert less.epsilon_pld < more.epsilon_pld and less.epsilon_rdp < more.epsilon_rdp
+    for most, account in zip((1, 2, 3), figures, strict=True):
+        assert account.epsilon_pld <= account.epsilon_rdp <= account.epsilon_without_amplification
+        assert account.epsilon_pld >= (1 if account.by_group_lemma else 0.5) * most * figures[0].epsilon_pld
+    assert figures[1].by_group_lemma != HAS_MIXTURES
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_MIXTURES, reason="needs a newer dp_accounting")
+def test_a_sampled_user_is_a_binomial_mixture():
+    q, noise, steps, most = 0.02, 1.5, 100, 3
+    chances = [math.comb(most, n) * q**n * (1 - q) ** (most - n) for n in range(most + 1)]
+    mixture = dp_accounting.dp_event.MixtureOfGaussiansDpEvent(noise, list(range(most + 1)), chances)
+    accountant = pld.PLDAccountant(value_discretization_interval=1e-3)
+    expected = accountant.compose(mixture, steps).get_epsilon(1e-5)
+    assert accounting.epsilon(of_users(poisson(q, noise, steps), most), 1e-5) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 5])
+@pytest.mark.parametrize("noise", [3.0, 30.0])
+def test_the_group_lemma_holds_and_is_above_what_is_exact(size, noise):
+    delta = 1e-5
+
+    def of_one(releases, smaller):
+        assert all(release.group == 1 for release in releases)
+        return accounting.gaussian_epsilon(noise_multiplier=noise, delta=smaller)
+
+    releases = (accounting._Release("gaussian", noise, 1, group=size),)
+    found = accounting._by_group_lemma(of_one, releases, delta)
+    exact = accounting.gaussian_epsilon(noise_multiplier=noise / size, delta=delta)
+    assert exact < found < 3 * exact
+    # The epsilon for one that was used goes with a delta that the group makes no more than `delta` of.
+    alone = found / size
+    used = accounting._gaussian_delta(1 / noise, alone)
+    assert used * math.expm1(found) / math.expm1(alone) <= delta * (1 + 1e-9)
+
+
+def test_users_and_examples_stand_side_by_side():
+    events = [poisson(0.01, 1.1, 10), of_users(poisson(0.01, 1.1, 10), 2)]
+    assert [account.unit for account in accounting.accounts(events, 1e-5)] == ["example", "user"]
+    with pytest.raises(UnsupportedEventError, match="do not add up"):
+        accounting.epsilon(events, 1e-5)

@@ -40,6 +40,17 @@ def test_the_command_reports_a_run(tmp_path, capsys):
     assert "warning: --delta 0.05 is not below 1/100" in capsys.readouterr().err
 
 
+def test_the_command_protects_users(capsys):
+    options = words(DPSGD, epochs=None, steps=3, sampling="shuffle", noise_multiplier=9)
+    assert main(["dpsgd", *options, "--examples-per-user", "4", "--json"]) == 0
+    (account,) = strict_json(capsys.readouterr().out)["accounts"]
+    assert account["unit"] == "user" and account["by_group_lemma"] is False
+    assert (
+        account["epsilon"]
+        == dpsgd(**{**DPSGD, "epochs": None} | {"noise_multiplier": 9 / 4}, steps=3, sampling="shuffle").epsilon
+    )
+
+
 def test_several_runs_are_reported_each_by_itself_or_together(tmp_path, capsys):
     event = Event.unknown(count=1, noise_multiplier=2.0)
     runs = [str(a_run(tmp_path / name, [event])) for name in ("one", "other")]

@@ -10,7 +10,8 @@ POISSON = Event.poisson(count=3, noise_multiplier=1.1, sampling_probability=0.01
 SHUFFLED = Event.shuffled(count=20, passes=2, noise_multiplier=1.1, population=100)
 FIXED = Event.fixed(count=5, noise_multiplier=1.0, cohort_size=10, population=100)
 UNKNOWN = Event.unknown(count=7, noise_multiplier=0.5)
-ALL = [POISSON, SHUFFLED, FIXED, UNKNOWN]
+OF_USER = Event.poisson(count=3, noise_multiplier=1.1, sampling_probability=0.01, unit="user", examples_per_user=4)
+ALL = [POISSON, SHUFFLED, FIXED, UNKNOWN, OF_USER]
 
 
 @pytest.mark.parametrize("event", ALL)
@@ -20,7 +21,7 @@ def test_an_event_survives_json(event):
 
 def test_each_sampler_has_its_neighbouring_relation():
     relations = [event.relation for event in ALL]
-    assert relations == ["add_or_remove_one", "zero_out", "replace_one", "zero_out"]
+    assert relations == ["add_or_remove_one", "zero_out", "replace_one", "zero_out", "add_or_remove_one"]
 
 
 @pytest.mark.parametrize("event", [POISSON, FIXED, UNKNOWN])
@@ -37,6 +38,8 @@ def test_with_count_of_a_shuffled_event_is_refused():
     "changes",
     [
         {"unit": "household"},
+        {"examples_per_user": 2},
+        {"unit": "user", "examples_per_user": 0},
         {"sampler": "lottery"},
         {"noise_multiplier": -1.0},
         {"noise_multiplier": float("nan")},

@@ -1,5 +1,6 @@
 """The plan against dp_accounting: what the ledger says after what really ran, by whatever way it ran."""
 
+import dataclasses
 import threading
 
 import dp_accounting
@@ -126,6 +127,29 @@ def test_batches_that_can_hold_an_example_twice_are_refused_before_anything_is_r
     assert counts(plan.ledger.events()) == set()
     model.fit(rows.batch(BATCH).repeat(), steps_per_epoch=3, callbacks=plan.callbacks(), verbose=0)
     assert counts(plan.ledger.events()) == {("unknown", 3, 3)}
+
+
+def test_a_plan_for_users_counts_all_of_their_examples():
+    plan = make_plan(examples_per_user=3)
+    model = make_model(plan)
+    model.fit(plan.batches(X, Y, user_ids=np.arange(N) // 3), callbacks=plan.callbacks(), verbose=0)
+    (account,) = plan.report().accounts
+    assert (account.unit, account.events[0].examples_per_user) == ("user", 3)
+    assert "one user, with all of its examples, which are at most 3." in str(plan.report())
+    (of_example,) = accounting.accounts(
+        [dataclasses.replace(e, unit="example", examples_per_user=1) for e in account.events], plan.delta
+    )
+    assert plan.epsilon() > 1.5 * of_example.epsilon
+    with pytest.raises(DatasetError, match="one user has 4 examples"):
+        plan.batches(X, Y, user_ids=np.arange(N) // 4)
+    with pytest.raises(InvalidArgumentError, match=f"owners of {N - 1} examples"):
+        plan.batches(X, Y, user_ids=np.arange(N - 1))
+
+
+def test_a_plan_for_users_needs_more_noise():
+    common = {"target_epsilon": 3.0, "delta": 1e-5, "num_examples": 1000, "batch_size": 1000, "epochs": 4}
+    of_example, of_user = (PrivacyPlan.solve(**common, examples_per_user=k) for k in (None, 5))
+    assert of_user.noise_multiplier == pytest.approx(5 * of_example.noise_multiplier, rel=3e-4)
 
 
 def test_steps_are_reserved_before_they_run(tmp_path):
