@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import tfprivacy_ft
+from tfprivacy_ft._command import add_completion, with_option_names
 from tfprivacy_ft.errors import PrivacyError
 
 __all__ = ["main"]
@@ -40,12 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
       SystemExit: the words are no command (code 2), or ask for help or the version (code 0).
     """
     options = vars(_parser().parse_args(argv))
+    options.pop("print_completion")
     command: Callable[..., None] = options.pop("run")
     try:
         with _warnings_as_sentences(options):
             command(**options)
     except PrivacyError as error:
-        sys.stderr.write(f"tfprivacy-ft: {_with_option_names(str(error), options)}\n")
+        sys.stderr.write(f"tfprivacy-ft: {with_option_names(str(error), options)}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("tfprivacy-ft: interrupted; the ledgers written so far hold at least what was released.\n")
@@ -62,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {tfprivacy_ft.__version__}")
+    add_completion(parser)
     commands = parser.add_subparsers(required=True, metavar="{demo}")
     _add_demo(commands)
     return parser
@@ -101,18 +104,11 @@ def _warnings_as_sentences(options: Iterable[str]) -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
         if issubclass(category, UserWarning) and not {"keras", "tensorflow"} & set(pathlib.Path(filename).parts):
-            sys.stderr.write(f"tfprivacy-ft: warning: {_with_option_names(str(message), options)}\n")
+            sys.stderr.write(f"tfprivacy-ft: warning: {with_option_names(str(message), options)}\n")
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]
         yield
-
-
-def _with_option_names(sentence: str, options: Iterable[str]) -> str:
-    """The sentence, with options named as they are typed."""
-    for name in sorted(options, key=len, reverse=True):
-        sentence = sentence.replace(f"{name}=", f"--{name.replace('_', '-')} ")
-    return sentence
 
 
 if __name__ == "__main__":

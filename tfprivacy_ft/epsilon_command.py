@@ -8,10 +8,11 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tfprivacy_ft import _check, accounting
+from tfprivacy_ft._command import add_completion, with_option_names
 from tfprivacy_ft.compute_epsilon import Report, compose, compute_epsilon, dpsgd, fedavg, solve
 from tfprivacy_ft.errors import PrivacyError
 from tfprivacy_ft.statement import figure
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{dpsgd,fedavg,run,compose,solve}")
     _add_dpsgd(_add_command(commands, "dpsgd", "training with DP-SGD; protects one example"))
     _add_fedavg(_add_command(commands, "fedavg", "federated averaging with DP; protects one client"))
@@ -178,13 +180,6 @@ def _largest(reports: list[Report]) -> float:
     return max((account.epsilon for report in reports for account in report.accounts), default=0.0)
 
 
-def _with_option_names(sentence: str, options: Iterable[str]) -> str:
-    """The sentence, with options named as they are typed."""
-    for name in options:
-        sentence = sentence.replace(f"{name}=", f"--{name.replace('_', '-')} ")
-    return sentence
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `compute-epsilon`.
 
@@ -195,8 +190,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       0; 3 after one sentence on stderr if an epsilon is over `--budget`; 2 after one that says what is wrong.
     """
     options = vars(_parser().parse_args(argv))
-    names = sorted(options, key=len, reverse=True)
+    options.pop("print_completion")
     command, budget, as_json, as_csv = (options.pop(name) for name in ("command", "budget", "json", "csv"))
+    names = ["budget", *options]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -204,10 +200,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _check.positive(budget=budget)
             reports = _reports(command, options)
         except PrivacyError as error:
-            sys.stderr.write(f"compute-epsilon: {_with_option_names(str(error), names)}\n")
+            sys.stderr.write(f"compute-epsilon: {with_option_names(str(error), names)}\n")
             return MISTAKE
     for message in dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, UserWarning)):
-        sys.stderr.write(f"compute-epsilon: warning: {_with_option_names(message, names)}\n")
+        sys.stderr.write(f"compute-epsilon: warning: {with_option_names(message, names)}\n")
     sys.stdout.write(_written(reports, "json" if as_json else "csv" if as_csv else "text"))
     if budget is not None and _largest(reports) > budget:
         sys.stderr.write(f"compute-epsilon: epsilon {figure(_largest(reports))} is over --budget {budget:g}.\n")

@@ -8,7 +8,7 @@ import warnings
 import pytest
 from epsilon_helpers import DPSGD, FEDAVG, a_run, strict_json
 
-from tfprivacy_ft import epsilon_command
+from tfprivacy_ft import cli, epsilon_command
 from tfprivacy_ft.compute_epsilon import dpsgd, fedavg
 from tfprivacy_ft.epsilon_command import main
 from tfprivacy_ft.events import Event
@@ -131,6 +131,18 @@ def test_the_examples_of_the_help_work(capsys):
     for argv in commands[:4]:
         assert main(argv) == 0
         assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "word"), [(main, "--examples-per-user"), (cli.main, "--run-dir")])
+def test_shells_can_complete_the_words(command, word, capsys, tmp_path):
+    for shell in ("zsh", "bash"):
+        with pytest.raises(SystemExit) as caught:
+            command(["--print-completion", shell])
+        assert caught.value.code == 0
+        script = capsys.readouterr().out
+        assert word in script
+    (tmp_path / "completion.bash").write_text(script)
+    assert subprocess.run(["bash", "-n", str(tmp_path / "completion.bash")]).returncode == 0
 
 
 WITHOUT_TENSORFLOW = """
