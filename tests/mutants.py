@@ -395,6 +395,14 @@ MUTANTS = (
         "a_user",
     ),
     Mutant(
+        "a search of many runs as cheap as of one",
+        "search.py",
+        "+ max(math.log(self.mean), 0.0) / (orders - 1)",
+        "",
+        "tests/tfprivacy_ft/test_search.py",
+        "bound",
+    ),
+    Mutant(
         "batches that repeat examples allowed",
         "sampling.py",
         'if is_batched and "Repeat" in kind:',

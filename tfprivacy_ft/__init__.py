@@ -27,6 +27,7 @@ _HOMES = {
     "Automatic": "clipping",
     "Adaptive": "moving_clip",
     "PrivacyPlan": "plan",
+    "BestOf": "search",
     "poisson_batches": "sampling",
 }
 _MODULES = ("accounting", "clipping", "compute_epsilon", "datasets", "errors", "events", "ledger", "models")

@@ -35,6 +35,8 @@ __all__ = [
     "epsilon",
     "epsilon_without_amplification",
     "gaussian_epsilon",
+    "quiet_accountant",
+    "renyi_divergences",
     "solve_batch_size",
     "solve_noise_multiplier",
     "solve_steps",
@@ -212,6 +214,41 @@ def accounts(events: Event | Iterable[Event], delta: float) -> tuple[Account, ..
     groups = _groups(events)
     ordered = sorted(groups, key=lambda key: (key[0] != "example", key[1]))
     return tuple(_account(unit, relation, groups[unit, relation], float(delta)) for unit, relation in ordered)
+
+
+def renyi_divergences(events: Event | Iterable[Event]) -> tuple[Any, Any]:
+    """The Renyi divergences of `events` together, for accounts that go on from there.
+
+    Args:
+      events: releases that share unit and relation.
+
+    Returns:
+      Orders > 1 and a divergence for each, two float64 arrays of one length: bounds from above, infinite where something was
+      released without noise or the order is out of reach of floating point; zeros if nothing was released.
+
+    Raises:
+      UnsupportedEventError: the events do not compose, or no divergence is known for them (users with several examples,
+        sampled).
+
+    Example:
+      >>> orders, divergences = renyi_divergences(Event.unknown(count=1, noise_multiplier=1.0))
+      >>> bool(abs(divergences[0] - orders[0] / 2) < 1e-9)
+      True
+    """
+    import numpy as np
+
+    releases = _releases(_one_group(events))
+    if _needs_lemma(releases):
+        raise UnsupportedEventError(
+            "users with several examples that are sampled have no Renyi divergence here: account for single examples, or "
+            "make batches without sampling."
+        )
+    orders = np.asarray(_rdp_of_one(_Release("gaussian", 1.0, 1))[0], float)
+    if not releases:
+        return orders, np.zeros(len(orders))
+    if any(release.noise_multiplier == 0 for release in releases):
+        return orders, np.full(len(orders), math.inf)
+    return orders, _rdp_of_all(releases)[1]
 
 
 def check_delta(delta: float, population: int | None = None) -> None:
@@ -560,7 +597,7 @@ _ROUNDING = 1e-12  # of the logarithm of a sum of up to a thousand terms, with r
 
 
 @contextlib.contextmanager
-def _quiet_accountant() -> Iterator[Any]:
+def quiet_accountant() -> Iterator[Any]:
     """Gives dp_accounting, and drops what it logs while the block runs (thousands of lines on unusual orders)."""
     import dp_accounting
 
@@ -580,7 +617,7 @@ def _rdp_of_one(release: _Release) -> tuple[Any, Any]:
     """The Renyi orders, and the divergence of one such release at each; infinite where it could not be computed."""
     import numpy as np
 
-    with _quiet_accountant() as dp_accounting:
+    with quiet_accountant() as dp_accounting:
         event = dp_accounting.GaussianDpEvent(release.noise_of_group)
         relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
         if release.mechanism == "poisson":
@@ -604,6 +641,15 @@ def _rdp_of_one(release: _Release) -> tuple[Any, Any]:
     return orders, np.array(divergences)
 
 
+def _rdp_of_all(releases: tuple[_Release, ...]) -> tuple[Any, Any]:
+    """The Renyi orders, and the divergence of all releases together at each."""
+    orders, total = _rdp_of_one(releases[0]._replace(times=1))
+    total = releases[0].times * total
+    for release in releases[1:]:
+        total = total + release.times * _rdp_of_one(release._replace(times=1))[1]
+    return orders, total
+
+
 @functools.lru_cache(maxsize=1024)
 def _rdp_epsilon(releases: tuple[_Release, ...], delta: float) -> float:
     """Divergences add up over releases; the best order gives epsilon.
@@ -616,14 +662,11 @@ def _rdp_epsilon(releases: tuple[_Release, ...], delta: float) -> float:
         return math.inf
     if _needs_lemma(releases):
         return min(_by_group_lemma(_rdp_epsilon, releases, delta), _unsampled_epsilon(releases, delta))
-    total: Any = 0.0
-    for release in releases:
-        orders, divergences = _rdp_of_one(release._replace(times=1))
-        total = total + release.times * divergences
+    orders, total = _rdp_of_all(releases)
     usable = [i for i, divergence in enumerate(total) if math.isfinite(divergence)]
     if not usable:
         return math.inf
-    with _quiet_accountant() as dp_accounting:
+    with quiet_accountant() as dp_accounting:
         return float(dp_accounting.rdp.compute_epsilon(orders[usable], total[usable], delta)[0])
 
 
@@ -741,7 +784,7 @@ def _pld_epsilon(releases: tuple[_Release, ...], delta: float, interval: float |
         return bound
     if _needs_lemma(releases) and not _has_mixtures():
         return min(bound, _by_group_lemma(functools.partial(_pld_epsilon, interval=interval), releases, delta))
-    with _quiet_accountant():
+    with quiet_accountant():
         total = _loss_of_all(releases, interval or _default_interval(releases))
         return min(bound, float(total.get_epsilon_for_delta(delta)))
 
