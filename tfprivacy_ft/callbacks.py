@@ -12,6 +12,16 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
+def _choosing(callbacks: list[Any]) -> list[str]:
+    """Names of Keras's callbacks that stop, keep or slow down a training by what its metrics say."""
+    found = []
+    for callback in callbacks:
+        keeps_best = isinstance(callback, keras.callbacks.ModelCheckpoint) and callback.save_best_only
+        if keeps_best or isinstance(callback, keras.callbacks.EarlyStopping | keras.callbacks.ReduceLROnPlateau):
+            found.append(type(callback).__name__)
+    return sorted(set(found))
+
+
 class EpsilonCallback(keras.callbacks.Callback):
     """Keeps a plan's ledger during `fit`, and shows the epsilon of what ran.
 
@@ -28,11 +38,17 @@ class EpsilonCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Finds out how batches are drawn, and that the budget has room for one."""
+        arguments = fit_arguments(self.model)
         self._recorder = self._plan.recorder(self.model.optimizer)
-        self._recorder.use(self._plan.sampling_of(fit_arguments(self.model)))
+        self._recorder.use(self._plan.sampling_of(arguments))
         self._plan.ledger.note(
             "training metrics", "loss and metrics of the training data were shown without noise while training."
         )
+        for name in _choosing((arguments or {}).get("callbacks", [])):
+            self._plan.ledger.note(
+                "a choice by metrics",
+                f"{name} chose by metrics without noise: a release, where they are those of private data.",
+            )
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Drops what an interrupted pass left of a logical batch."""

@@ -57,7 +57,9 @@ def fit_arguments(model: Any) -> dict[str, Any] | None:
             and frame.f_locals.get("self") is model
             and "steps_per_epoch" in frame.f_locals
         ):
-            return {name: frame.f_locals.get(name) for name in ("x", "y", "batch_size", "steps_per_epoch")}
+            arguments = {name: frame.f_locals.get(name) for name in ("x", "y", "batch_size", "steps_per_epoch")}
+            callbacks = frame.f_locals.get("callbacks")  # by now Keras's own list of them
+            return arguments | {"callbacks": list(getattr(callbacks, "callbacks", callbacks) or [])}
         frame = frame.f_back
     return None
 

@@ -152,6 +152,28 @@ def test_a_plan_for_users_needs_more_noise():
     assert of_user.noise_multiplier == pytest.approx(5 * of_example.noise_multiplier, rel=3e-4)
 
 
+def test_choices_by_metrics_are_listed_as_releases(tmp_path):
+    plan = make_plan()
+    model = make_model(plan)
+    validation = (X[:10], Y[:10])
+    choosing = [
+        tf.keras.callbacks.EarlyStopping(patience=5),
+        tf.keras.callbacks.ModelCheckpoint(
+            str(tmp_path / "best.weights.h5"), save_best_only=True, save_weights_only=True
+        ),
+    ]
+    harmless = [
+        tf.keras.callbacks.ModelCheckpoint(str(tmp_path / "last.weights.h5"), save_weights_only=True),
+        tf.keras.callbacks.TerminateOnNaN(),
+    ]
+    model.fit(plan.batches(X, Y), validation_data=validation, callbacks=[*plan.callbacks(), *harmless], verbose=0)
+    assert [note.kind for note in plan.report().notes] == ["training metrics"]
+    model.fit(plan.batches(X, Y), validation_data=validation, callbacks=[*choosing, *plan.callbacks()], verbose=0)
+    chosen = [note.text for note in plan.report().notes if note.kind == "a choice by metrics"]
+    assert [text.split()[0] for text in chosen] == ["EarlyStopping", "ModelCheckpoint"]
+    assert "Released without noise, a choice by metrics: EarlyStopping" in " ".join(str(plan.report()).split())
+
+
 def test_steps_are_reserved_before_they_run(tmp_path):
     plan = make_plan(steps_per_block=4)
     model = make_model(plan)
