@@ -1,10 +1,8 @@
 """Settings of all tests: random cases are the same in every run, and no test depends on how fast the machine is."""
 
-import gc
 import os
 import signal
 
-import pytest
 from hypothesis import HealthCheck, settings
 
 # JAX, which comes with TensorFlow Federated, sets a level at which TensorFlow writes lines at its start, and programs that
@@ -14,14 +12,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # A shell starts what runs in the background with Ctrl-C ignored, and programs that tests start would inherit that, too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _what_stays_is_not_looked_through_again():
-    """Keras 3 collects garbage whenever a session is cleared, through all that earlier modules have left to TensorFlow."""
-    gc.collect()
-    gc.freeze()
-
 
 settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")

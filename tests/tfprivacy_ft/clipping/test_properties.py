@@ -5,11 +5,13 @@ tests run that seed alone: `REPLAY=123 pytest tests/tfprivacy_ft/clipping/test_p
 """
 
 import contextlib
+import gc
 import os
 import warnings
 
 import architectures
 import numpy as np
+import pytest
 import tensorflow as tf
 from helpers import global_norm, trainable_values
 from hypothesis import HealthCheck, Phase, given, settings
@@ -23,6 +25,15 @@ EXAMPLES = 8
 HUGE = 1e6
 _OF_THIS_STACK = 0x5DEECE6 if IS_KERAS_3 else 0  # each stack tries seeds of its own
 SLOW_TRAITS = {"recurrent", "learned mask"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_was_there_before_is_not_looked_through_for_garbage():
+    """Keras 3 collects garbage whenever a session is cleared, which is slow where many tests have run before."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def over_seeds(count):
