@@ -280,13 +280,13 @@ def test_the_accountant_is_quiet_and_leaves_logging_as_it_was(caplog):
     accounting.accounts([poisson(0.9999, 0.05, 77)], 1e-5)
     assert not caplog.records
     assert (logger.level, list(logger.filters), logger.disabled) == before
-    with accounting._quiet_accountant():
+    with accounting.quiet_accountant():
         logger.error("somebody else's line")
     assert "somebody else's line" in caplog.text
 
 
 def test_only_lines_of_the_accountant_are_dropped(caplog):
-    with accounting._quiet_accountant():
+    with accounting.quiet_accountant():
         record = logging.LogRecord("absl", logging.WARNING, "/x/dp_accounting/rdp/a.py", 1, "noise", None, None)
         logging.getLogger("absl").handle(record)
     assert not caplog.records
