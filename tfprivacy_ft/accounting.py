@@ -32,6 +32,7 @@ __all__ = [
     "Accountant",
     "accounts",
     "check_delta",
+    "concerning",
     "epsilon",
     "epsilon_without_amplification",
     "gaussian_epsilon",
@@ -214,6 +215,30 @@ def accounts(events: Event | Iterable[Event], delta: float) -> tuple[Account, ..
     groups = _groups(events)
     ordered = sorted(groups, key=lambda key: (key[0] != "example", key[1]))
     return tuple(_account(unit, relation, groups[unit, relation], float(delta)) for unit, relation in ordered)
+
+
+def concerning(unit: Unit, events: Iterable[Event]) -> list[Event]:
+    """What `events` release about one unit of privacy.
+
+    What was released of users was released of each of their examples; and what was released of examples was of users, who
+    are taken to have as many of them there as where most are recorded. Clients stand by themselves.
+
+    Example:
+      >>> of_user = Event.unknown(count=1, noise_multiplier=2.0, unit="user", examples_per_user=3)
+      >>> concerning("example", [of_user])[0].examples_per_user
+      1
+    """
+    events = list(events)
+    if unit == "client":
+        return [event for event in events if event.unit == unit]
+    most = max((event.examples_per_user for event in events if event.unit == "user"), default=1)
+    return [
+        event
+        if event.unit == unit
+        else dataclasses.replace(event, unit=unit, examples_per_user=most if unit == "user" else 1)
+        for event in events
+        if event.unit != "client"
+    ]
 
 
 def renyi_divergences(events: Event | Iterable[Event]) -> tuple[Any, Any]:
@@ -464,9 +489,10 @@ def _as_list(events: Event | Iterable[Event]) -> list[Event]:
 
 def _groups(events: Event | Iterable[Event]) -> dict[tuple[Unit, Relation], list[Event]]:
     groups: dict[tuple[Unit, Relation], list[Event]] = {}
-    for event in _as_list(events):
-        if event.count > 0:
-            groups.setdefault((event.unit, event.relation), []).append(event)
+    released = [event for event in _as_list(events) if event.count > 0]
+    for unit in dict.fromkeys(event.unit for event in released):
+        for event in concerning(unit, released):
+            groups.setdefault((unit, event.relation), []).append(event)
     for unit in {unit for unit, relation in groups if relation == "zero_out"}:
         # Under Poisson sampling with a constant denominator, an example that is not there and one that is zero release
         # the same: what was sampled holds for zero-out too, at the same epsilon, and then it composes.

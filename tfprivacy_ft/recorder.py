@@ -202,8 +202,8 @@ class Recorder:
         length = self._sampling.pass_length or 1
         one = self._event(self._sampling, length)
         kind = _kind(one)
-        # What was spent by other units is reported beside this, never added.
-        spent = [e for e in self._ledger().events() if e.unit == one.unit]
+        # What was spent by clients is reported beside this, never added.
+        spent = accounting.concerning(one.unit, [*self._ledger().events(), one])[:-1]
         alike = sum(e.participations for e in spent if _kind(e) == kind)
         others = tuple(e for e in spent if _kind(e) != kind)
         return _most_steps(one, others, self._target, self._delta) - alike * length

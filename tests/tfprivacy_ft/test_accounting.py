@@ -485,6 +485,17 @@ def test_the_group_lemma_holds_and_is_above_what_is_exact(size, noise):
     assert used * math.expm1(found) / math.expm1(alone) <= delta * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("of_example", [Event.unknown(count=2, noise_multiplier=9.0), shuffled(8.0, 3)])
+def test_what_was_released_of_users_was_of_their_examples_and_the_other_way_round(of_example):
+    of_user = Event.unknown(count=5, noise_multiplier=7.0, unit="user", examples_per_user=3)
+    client = Event.unknown(count=1, noise_multiplier=3.0, unit="client")
+    example, apart, user = accounting.accounts([of_example, client, of_user], 1e-5)
+    single = dataclasses.replace(of_user, unit="example", examples_per_user=1)
+    assert example.epsilon == accounting.epsilon([of_example, single], 1e-5)
+    assert user.epsilon == accounting.epsilon([of_users(of_example, 3), of_user], 1e-5)
+    assert apart.epsilon == accounting.epsilon(client, 1e-5)
+
+
 def test_users_and_examples_stand_side_by_side():
     events = [poisson(0.01, 1.1, 10), of_users(poisson(0.01, 1.1, 10), 2)]
     assert [account.unit for account in accounting.accounts(events, 1e-5)] == ["example", "user"]

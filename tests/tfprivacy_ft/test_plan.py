@@ -146,6 +146,18 @@ def test_a_plan_for_users_counts_all_of_their_examples():
         plan.batches(X, Y, user_ids=np.arange(N - 1))
 
 
+def test_what_a_plan_for_users_spent_is_gone_from_the_budget_of_examples(tmp_path):
+    first = make_plan(examples_per_user=2)
+    make_model(first).fit(first.batches(X, Y), callbacks=first.callbacks(tmp_path), verbose=0)
+    first.close()
+    (of_user,) = compute_epsilon(tmp_path).accounts
+    assert of_user.unit == "user"
+    of_example = accounting.epsilon(accounting.concerning("example", of_user.events), first.delta)
+    second = make_plan(target_epsilon=of_example)
+    with pytest.raises(BudgetExceededError, match=r"no room\s+for a step"):
+        make_model(second).fit(second.batches(X, Y), callbacks=second.callbacks(tmp_path), verbose=0)
+
+
 def test_a_plan_for_users_needs_more_noise():
     common = {"target_epsilon": 3.0, "delta": 1e-5, "num_examples": 1000, "batch_size": 1000, "epochs": 4}
     of_example, of_user = (PrivacyPlan.solve(**common, examples_per_user=k) for k in (None, 5))
