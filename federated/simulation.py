@@ -23,7 +23,7 @@ from federated.clients import ClientData, poisson_cohort, sampling_probability
 from tfprivacy_ft import _check, accounting
 from tfprivacy_ft.compute_epsilon import Report, compute_epsilon
 from tfprivacy_ft.errors import DatasetError, InvalidArgumentError
-from tfprivacy_ft.ledger import Ledger
+from tfprivacy_ft.ledger import EVALUATION, Ledger
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -127,9 +127,7 @@ def simulate(
     make = Ledger.in_memory if run_dir is None else functools.partial(Ledger.open, run_dir)
     with make(delta=delta, facts=facts) as ledger, _ending_worker_on_interrupt():
         if look is not None:
-            ledger.note(
-                "evaluation", "figures of `evaluate` on models between rounds; on public data they cost nothing."
-            )
+            ledger.note(EVALUATION.kind, EVALUATION.text)  # ahead of the first look
         state = process.initialize() if state is None else state  # type: ignore[attr-defined]
         with _bar(rounds, progress) as show:
             reserved: list[int] = []
@@ -142,6 +140,8 @@ def simulate(
                     ledger.settle(reserved, event.with_count(len(reserved)))
                     reserved.clear()
                     figures = look(state) if look is not None else {}
+                    if figures:
+                        ledger.figures(figures)
                     history.append({"round": number, "epsilon": _client_epsilon(ledger, delta), **figures})
                 show(number, history)
         report = compute_epsilon(ledger, delta=delta)

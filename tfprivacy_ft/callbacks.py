@@ -4,6 +4,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from tfprivacy_ft.keras_compat import fit_arguments, keras, steps_per_execution
+from tfprivacy_ft.ledger import EVALUATION
 from tfprivacy_ft.sampling import UNKNOWN
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ class EpsilonCallback(keras.callbacks.Callback):
         """Drops what an interrupted pass left of a logical batch."""
         self._recorder.start_pass()
 
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Lists what comes as a release."""
+        self._plan.ledger.note(EVALUATION.kind, EVALUATION.text)
+
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Has the coming steps reserved before they run."""
         self._recorder.announce(steps_per_execution(self.model))
@@ -66,6 +71,9 @@ class EpsilonCallback(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Settles the epoch and shows its epsilon."""
         epsilon = self._plan.epsilon()
+        held_out = {name: float(value) for name, value in (logs or {}).items() if name.startswith("val_")}
+        if held_out:
+            self._plan.record_figures(held_out)
         if logs is not None:
             logs["epsilon"] = epsilon
         planned = (self.params or {}).get("epochs") or 0

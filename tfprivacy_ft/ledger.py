@@ -15,7 +15,8 @@ is on the disk before `reserve` returns. With n the number in the head:
 - anything more after record n, or a hash that does not match: damaged.
 
 Accidents and casual edits are found; an owner who rewrites both files, or deletes both, is not. The ledger holds
-public facts only, and knows neither TensorFlow nor epsilon.
+public facts, and figures such as accuracy, each kind of which it lists as a release. It knows neither TensorFlow nor
+epsilon.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import math
 import os
 import pathlib
 import platform
@@ -42,7 +44,20 @@ FORMAT_VERSION = 1
 
 _GENESIS = "0" * 64  # what the first record names as the hash of the record before it
 
-__all__ = ["FILE_NAME", "FORMAT_VERSION", "HEAD_NAME", "Ledger", "LedgerContents", "Note", "read"]
+__all__ = [
+    "EVALUATION",
+    "FILE_NAME",
+    "FORMAT_VERSION",
+    "GRADIENT_NORMS",
+    "HEAD_NAME",
+    "GradientNorms",
+    "Ledger",
+    "LedgerContents",
+    "Moment",
+    "Note",
+    "Trained",
+    "read",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +66,65 @@ class Note:
 
     kind: str
     text: str
+
+
+EVALUATION = Note(
+    "evaluation", "figures on models of this run were computed without noise; on public data they cost nothing."
+)
+GRADIENT_NORMS = Note(
+    "gradient norms",
+    "a histogram of the examples' gradient norms and the share that was clipped were kept without noise.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What some steps of a run trained.
+
+    Args:
+      variables: names of the trainable variables.
+      parameters: how many numbers they hold together.
+    """
+
+    variables: tuple[str, ...]
+    parameters: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientNorms:
+    """How long the gradients of some steps were before the clip: a release without noise, kept only where it was asked for.
+
+    Args:
+      edges: of the histogram's bins, increasing, in the unit of the gradients.
+      counts: examples in each bin, one fewer than edges; the first and the last bin also hold what lies beyond.
+      clipped: how many examples were longer than the clip, and were shortened.
+    """
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    clipped: int
+
+    @property
+    def examples(self) -> int:
+        """How many gradients were looked at."""
+        return sum(self.counts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """How far a run was when it settled what it had released, or looked at its model.
+
+    Args:
+      time: of the record, ISO 8601, UTC.
+      events: released up to here, as in `LedgerContents`.
+      figures: computed of the model as it was here, such as `{"val_accuracy": 0.93}`.
+      gradient_norms: of the steps since the last such moment; None where nobody asked for them.
+    """
+
+    time: str
+    events: tuple[Event, ...]
+    figures: dict[str, float]
+    gradient_norms: GradientNorms | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +139,10 @@ class LedgerContents:
       notes: releases without noise.
       unsettled: how many reservations were never settled.
       openings: how often the ledger was opened for writing.
+      records: how many records it holds.
+      software: versions of what wrote it last, by name.
+      trained: what was trained, in the order in which it changed.
+      history: the run's way, oldest first.
     """
 
     path: pathlib.Path
@@ -74,6 +152,10 @@ class LedgerContents:
     notes: tuple[Note, ...]
     unsettled: int
     openings: int
+    records: int
+    software: dict[str, str]
+    trained: tuple[Trained, ...]
+    history: tuple[Moment, ...]
 
 
 def read(path: str | os.PathLike[str]) -> LedgerContents:
@@ -109,6 +191,10 @@ def read(path: str | os.PathLike[str]) -> LedgerContents:
         notes=tuple(state.notes),
         unsettled=len(state.outstanding),
         openings=state.openings,
+        records=state.records,
+        software=dict(state.software),
+        trained=tuple(state.trained),
+        history=tuple(state.history),
     )
 
 
@@ -224,6 +310,42 @@ class Ledger:
             if Note(kind, text) not in self._state.notes:
                 self._append("note", {"note": kind, "text": text})
 
+    def figures(self, figures: Mapping[str, float]) -> None:
+        """Records figures on the model as it is now, and, once, `EVALUATION` as a release without noise.
+
+        Args:
+          figures: by name, such as `{"val_accuracy": 0.93}`; what is no finite number is left out.
+
+        Raises:
+          InvalidArgumentError: a value is no number.
+          LedgerError: the record could not be written.
+        """
+        for name, value in figures.items():
+            if not isinstance(value, Real):
+                raise InvalidArgumentError(f"figures[{name!r}]={value!r} is not allowed: give a number.")
+        finite = {str(name): float(value) for name, value in figures.items() if math.isfinite(value)}
+        self.note(EVALUATION.kind, EVALUATION.text)
+        self._append("figures", {"figures": finite})
+
+    def gradient_norms(self, norms: GradientNorms) -> None:
+        """Records how long gradients were, and, once, `GRADIENT_NORMS` as a release without noise.
+
+        Raises:
+          LedgerError: the record could not be written.
+        """
+        self.note(GRADIENT_NORMS.kind, GRADIENT_NORMS.text)
+        self._append("gradient norms", dataclasses.asdict(norms))
+
+    def trained(self, what: Trained) -> None:
+        """Records which variables the steps up to the next such record train; the same once more is not repeated.
+
+        Raises:
+          LedgerError: the record could not be written.
+        """
+        with self._lock:
+            if self._state.trained[-1:] != [what]:
+                self._append("trained", dataclasses.asdict(what))
+
     def events(self) -> list[Event]:
         """What was released: settled events, and open reservations in full; equal events are merged."""
         with self._lock:
@@ -336,12 +458,15 @@ class _State:
         self.notes: list[Note] = []
         self.outstanding: dict[int, Event] = {}
         self.openings = 0
+        self.software: dict[str, str] = {}
+        self.trained: list[Trained] = []
+        self.history: list[Moment] = []
         self._settled: tuple[Event, ...] = ()
         self._events: list[Event] | None = None  # kept between records, since a progress bar asks after every step
 
     def apply(self, record: Mapping[str, Any], line: bytes) -> None:
         """Takes in one record. KeyError, TypeError or ValueError mean that it makes no sense here."""
-        kind = record["kind"]
+        kind, figures, norms = record["kind"], {}, None
         if kind == "open":
             self._open(record)
         elif kind == "reserve":
@@ -354,11 +479,19 @@ class _State:
                 self._settled = merge([*self._settled, event])
         elif kind == "note":
             self.notes.append(Note(record["note"], record["text"]))
+        elif kind == "trained":
+            self.trained.append(Trained(tuple(record["variables"]), int(record["parameters"])))
+        elif kind == "figures":
+            figures = {str(name): float(value) for name, value in record["figures"].items()}
+        elif kind == "gradient norms":
+            norms = GradientNorms(tuple(record["edges"]), tuple(record["counts"]), int(record["clipped"]))
         else:
             raise ValueError(f"kind {kind!r} is unknown")
         self.records += 1
         self.last_hash = _hash(line)
         self._events = None
+        if kind in ("settle", "figures", "gradient norms"):
+            self.history.append(Moment(record["time"], tuple(self.events()), figures, norms))
 
     def _open(self, record: Mapping[str, Any]) -> None:
         self.openings += 1
@@ -366,6 +499,7 @@ class _State:
             _check.open_unit_interval(delta=record["delta"])
             self.delta = record["delta"]
         self.facts.update(record["facts"])
+        self.software = {str(name): str(version) for name, version in record["software"].items()}
 
     def events(self) -> list[Event]:
         if self._events is None:

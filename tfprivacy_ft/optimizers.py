@@ -16,12 +16,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfprivacy_ft import _check
+from tfprivacy_ft import _check, keras_compat
 from tfprivacy_ft.accumulation import Accumulator, Whole
 from tfprivacy_ft.clipping import ClippedSum, ClippingRule, Flat, clipped_sum, rules
 from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedModelError
 from tfprivacy_ft.guard import StepGuard
 from tfprivacy_ft.keras_compat import OptimizerHook, keras
+from tfprivacy_ft.ledger import Trained
 from tfprivacy_ft.moving_clip import Adaptive, MovingClip
 from tfprivacy_ft.noise import GaussianNoise
 
@@ -71,6 +72,7 @@ class Mechanism:
         self.rows_per_example, self.loss_scale = rows_per_example, loss_scale
         self.accumulator = Accumulator(accumulation_steps) if accumulation_steps > 1 else None
         self.has_plan = self._warned = False
+        self.trained: Trained | None = None  # what the step that was traced last moves
         self._allowed: tf.Tensor | None = None
 
     @property
@@ -89,6 +91,9 @@ class Mechanism:
         In the midst of a logical batch there is no step, and nothing is let through.
         """
         self._check_strategy()
+        self.trained = Trained(
+            tuple(keras_compat.name_of(v) for v in variables), sum(int(v.shape.num_elements()) for v in variables)
+        )
         clip = self._clip()
         clipped = clipped_sum(
             loss,

@@ -9,6 +9,7 @@ import math
 import os
 import warnings
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 from tfprivacy_ft import _check, accounting
@@ -271,6 +272,7 @@ class PrivacyPlan:
             delta=self.delta,
             steps_per_block=self.steps_per_block,
             accumulator=mechanism.accumulator,
+            trained=lambda: mechanism.trained,
         )
 
     def recorder(self, optimizer: Any) -> Recorder:
@@ -352,6 +354,20 @@ class PrivacyPlan:
                 f"fit batches arrays by single rows, and rows_per_example={self.rows_per_example} of them are one example "
                 "here: give plan.batches(x, y)."
             )
+
+    def record_figures(self, figures: Mapping[str, float]) -> None:
+        """Keeps figures on the model as it is now for the report; held-out figures of `fit` are kept by themselves.
+
+        Args:
+          figures: by name, such as what `model.evaluate(x, y, return_dict=True)` returns, of data that are public: figures
+            of private data are releases without noise, and every report lists them.
+
+        Raises:
+          InvalidArgumentError: a value is no number.
+          LedgerError: the ledger cannot be written.
+        """
+        self.settle()
+        self._ledger.figures(figures)
 
     @property
     def ledger(self) -> Ledger:

@@ -16,7 +16,7 @@ from tfprivacy_ft.accumulation import Accumulator
 from tfprivacy_ft.errors import BudgetExceededError
 from tfprivacy_ft.events import Event
 from tfprivacy_ft.guard import StepGuard
-from tfprivacy_ft.ledger import Ledger
+from tfprivacy_ft.ledger import Ledger, Trained
 from tfprivacy_ft.sampling import UNKNOWN, Sampling
 
 _BLOCK_SECONDS = 1.0  # a crash over-counts by about this much work
@@ -40,6 +40,7 @@ class Recorder:
       delta: the delta of that target.
       steps_per_block: steps reserved at once; None for about a second of work.
       accumulator: what adds up the micro-batches of a step, if there are several.
+      trained: says what the steps train; None until they have been traced.
     """
 
     def __init__(
@@ -52,10 +53,11 @@ class Recorder:
         delta: float,
         steps_per_block: int | None = None,
         accumulator: Accumulator | None = None,
+        trained: Callable[[], Trained | None] = lambda: None,
     ):
         self._guard, self._ledger, self._event = guard, ledger, event
         self._target, self._delta = target_epsilon, delta
-        self._steps_per_block = steps_per_block
+        self._steps_per_block, self._trained = steps_per_block, trained
         self._sampling = UNKNOWN
         self._open: list[int] = []  # reservations that are not settled
         # Step counts: where those reservations begin, up to where they reach, up to where steps are let through.
@@ -104,6 +106,7 @@ class Recorder:
             # What the budget does not allow of an execution changes nothing, and is no reason to break off.
             self._out_of_budget = self._stopped_by_budget = self._allowed < wanted
             self._guard.allow_until(self._allowed)
+            self._record_trained()
             self._running = threading.get_ident()
 
     def finished(self) -> bool:
@@ -130,6 +133,7 @@ class Recorder:
         with self._lock:
             if self._running not in (None, threading.get_ident()):
                 return
+            self._record_trained()
             done = self._guard.done
             ran = done - self._started
             if self._open:
@@ -141,6 +145,11 @@ class Recorder:
             self._started = self._reserved = self._allowed = done
             self._guard.allow_until(done)
             self._warn_of_refused()
+
+    def _record_trained(self) -> None:
+        trained = self._trained()
+        if trained is not None:
+            self._ledger().trained(trained)
 
     def _warn_of_refused(self) -> None:
         refused = self._guard.take_refused()

@@ -8,12 +8,13 @@ import textwrap
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from tfprivacy_ft import ledger
 from tfprivacy_ft.errors import InvalidArgumentError, LedgerDamagedError, LedgerError, LedgerLockedError
 from tfprivacy_ft.events import Event
-from tfprivacy_ft.ledger import FILE_NAME, HEAD_NAME, Ledger, Note, read
+from tfprivacy_ft.ledger import EVALUATION, FILE_NAME, HEAD_NAME, Ledger, Note, Trained, read
 
 STEPS = Event.poisson(count=10, noise_multiplier=1.1, sampling_probability=0.01, population=1000)
 UNKNOWN = Event.unknown(count=10, noise_multiplier=1.1)
@@ -113,6 +114,29 @@ def test_a_note_is_kept_once(book):
         Note("training metrics", "loss and accuracy in clear"),
         Note("training metrics", "something else"),
     ]
+
+
+def test_figures_go_with_what_was_released_by_then(tmp_path):
+    with Ledger.open(tmp_path) as book:
+        for value in (0.5, np.float32(0.75)):
+            book.settle([book.reserve(STEPS)], STEPS)
+            book.figures({"accuracy": value, "lost": float("inf")})
+        with pytest.raises(InvalidArgumentError, match=r"figures\['accuracy'\]='good' is not allowed: give a number."):
+            book.figures({"accuracy": "good"})
+    contents = read(tmp_path)
+    looks = [(moment.events, moment.figures) for moment in contents.history if moment.figures]
+    assert looks == [((STEPS,), {"accuracy": 0.5}), ((STEPS.with_count(20),), {"accuracy": 0.75})]
+    assert [len(moment.events) for moment in contents.history] == [1, 1, 1, 1]
+    assert contents.notes == (EVALUATION,)
+    assert contents.software["python"] and contents.records == 8
+
+
+def test_what_was_trained_is_kept_as_often_as_it_changes(tmp_path):
+    head, everything = Trained(("head",), 10), Trained(("body", "head"), 1000)
+    with Ledger.open(tmp_path) as book:
+        for what in (head, head, everything, everything, head):
+            book.trained(what)
+    assert read(tmp_path).trained == (head, everything, head)
 
 
 def test_threads_share_a_ledger(book):

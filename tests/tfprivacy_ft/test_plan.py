@@ -179,11 +179,53 @@ def test_choices_by_metrics_are_listed_as_releases(tmp_path):
         tf.keras.callbacks.TerminateOnNaN(),
     ]
     model.fit(plan.batches(X, Y), validation_data=validation, callbacks=[*plan.callbacks(), *harmless], verbose=0)
-    assert [note.kind for note in plan.report().notes] == ["training metrics"]
+    assert [note.kind for note in plan.report().notes] == ["training metrics", "evaluation"]
     model.fit(plan.batches(X, Y), validation_data=validation, callbacks=[*choosing, *plan.callbacks()], verbose=0)
     chosen = [note.text for note in plan.report().notes if note.kind == "a choice by metrics"]
     assert [text.split()[0] for text in chosen] == ["EarlyStopping", "ModelCheckpoint"]
     assert "Released without noise, a choice by metrics: EarlyStopping" in " ".join(str(plan.report()).split())
+
+
+def test_held_out_figures_are_kept_with_what_was_spent_by_then(tmp_path):
+    plan = make_plan()
+    model = make_model(plan)
+    model.fit(plan.batches(X, Y), epochs=2, verbose=0, validation_data=(X, Y), callbacks=plan.callbacks(tmp_path))
+    plan.record_figures({"accuracy": 0.5, "broken": float("nan")})
+    plan.close()
+    contents = ledger.read(tmp_path)
+    looks = [moment for moment in contents.history if moment.figures]
+    assert [sum(event.count for event in moment.events) for moment in looks] == [6, 12, 12]
+    assert [sorted(moment.figures) for moment in looks] == [["val_loss"], ["val_loss"], ["accuracy"]]
+    assert ledger.EVALUATION in contents.notes
+
+
+def test_a_run_that_looks_at_nothing_lists_no_evaluation(tmp_path):
+    plan = make_plan()
+    make_model(plan).fit(plan.batches(X, Y), verbose=0, callbacks=plan.callbacks(tmp_path))
+    assert ledger.EVALUATION not in plan.ledger.notes()
+
+
+@pytest.mark.parametrize("by_fit", [True, False])
+def test_what_was_trained_is_in_the_ledger_also_after_some_of_it_was_frozen(tmp_path, by_fit):
+    model = tf.keras.Sequential([layers.Input((5,)), layers.Dense(4, name="body"), layers.Dense(3, name="head")])
+
+    def train(trainable):
+        plan = make_plan()
+        model.get_layer("body").trainable = trainable
+        optimizer = plan.optimizer(DPKerasSGDOptimizer, l2_norm_clip=1.0, learning_rate=0.1)
+        model.compile(optimizer, CrossEntropy(from_logits=True))
+        if by_fit:
+            model.fit(plan.batches(X, Y), epochs=2, verbose=0, callbacks=plan.callbacks(tmp_path))
+        else:
+            plan.record_in(tmp_path)
+            model.train_on_batch(X, Y)
+        plan.close()
+
+    train(False)
+    train(True)
+    head, everything = ledger.read(tmp_path).trained
+    assert (head.parameters, everything.parameters) == (15, 39)
+    assert len(head.variables) == 2 and all("head" in name for name in head.variables)
 
 
 def test_steps_are_reserved_before_they_run(tmp_path):
