@@ -71,6 +71,10 @@ class EpsilonCallback(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Settles the epoch and shows its epsilon."""
         epsilon = self._plan.epsilon()
+        histogram = self.model.optimizer.mechanism.norms
+        norms = None if histogram is None else histogram.take()
+        if norms is not None:
+            self._plan.ledger.gradient_norms(norms)
         held_out = {name: float(value) for name, value in (logs or {}).items() if name.startswith("val_")}
         if held_out:
             self._plan.record_figures(held_out)

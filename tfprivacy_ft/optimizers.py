@@ -20,6 +20,7 @@ from tfprivacy_ft import _check, keras_compat
 from tfprivacy_ft.accumulation import Accumulator, Whole
 from tfprivacy_ft.clipping import ClippedSum, ClippingRule, Flat, clipped_sum, rules
 from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedModelError
+from tfprivacy_ft.gradient_norms import NormHistogram
 from tfprivacy_ft.guard import StepGuard
 from tfprivacy_ft.keras_compat import OptimizerHook, keras
 from tfprivacy_ft.ledger import Trained
@@ -43,6 +44,7 @@ class Mechanism:
       accumulation_steps: micro-batches whose sums are added up before noise is drawn, once, for all of them.
       rows_per_example: consecutive rows of a batch that are one example.
       loss_scale: what the loss is multiplied by while it is differentiated, or None.
+      keep_gradient_norms: whether to count, without noise, how long the gradients are.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Mechanism:
         accumulation_steps: int = 1,
         rows_per_example: int = 1,
         loss_scale: float | None = None,
+        keep_gradient_norms: bool = False,
     ):
         self._l2_norm_clip, self._noise_multiplier = float(l2_norm_clip), float(noise_multiplier)
         self.clipping = clipping or Flat()
@@ -71,6 +74,7 @@ class Mechanism:
         self.accumulation_steps = accumulation_steps
         self.rows_per_example, self.loss_scale = rows_per_example, loss_scale
         self.accumulator = Accumulator(accumulation_steps) if accumulation_steps > 1 else None
+        self.norms = NormHistogram(self._l2_norm_clip) if keep_gradient_norms else None
         self.has_plan = self._warned = False
         self.trained: Trained | None = None  # what the step that was traced last moves
         self._allowed: tf.Tensor | None = None
@@ -107,6 +111,9 @@ class Mechanism:
         self._allowed = self.guard.enter(batch.complete, batch.announced)
         denominator = tf.where(self.expected_batch_size > 0, self.expected_batch_size, batch.rows)
         private = [total / tf.cast(denominator, total.dtype) for total in self._released(batch.sums, clip)]
+        if self.norms is not None:
+            # The parts of a logical batch are counted as they come, before anybody knows whether its step happens.
+            self.norms.add(clipped.norms, clipped.real & (self._allowed | (self.accumulator is not None)), clip)
         if self.moving_clip is not None:
             votes = batch.votes + self.noise.like([batch.votes], self.moving_clip.count_stddev)[0]
             self.moving_clip.move(votes, denominator, self._allowed)
@@ -186,7 +193,8 @@ def make_dp_optimizer_class(base: type) -> type:
 
     Returns:
       A subclass that takes `l2_norm_clip`, `noise_multiplier` and `num_microbatches` first, then `base`'s own arguments,
-      and the keywords `expected_batch_size`, `clipping`, `accumulation_steps`, `rows_per_example` and `loss_scale`.
+      and the keywords `expected_batch_size`, `clipping`, `accumulation_steps`, `rows_per_example`, `loss_scale` and
+      `keep_gradient_norms`.
 
     Raises:
       InvalidArgumentError: `base` is not a Keras optimizer class of this Keras, or is private already.
@@ -234,6 +242,8 @@ _CLASS_DOC = """`{base}` on differentially private gradients.
         `expected_batch_size` counts examples, not rows.
       loss_scale: > 0, for models in float16: what the loss is multiplied by while it is differentiated, a power of two
         such as 1024; gradients are divided by it in float32. None for other models.
+      keep_gradient_norms: whether to count how long the examples' gradients are, and how many are clipped. Under a plan
+        that goes to the ledger after every epoch, for the report: a release without noise, listed as one.
       **kwargs: `{base}`'s own keyword arguments.
 
     Raises:
@@ -257,6 +267,7 @@ class DPOptimizer:
         accumulation_steps: int = 1,
         rows_per_example: int = 1,
         loss_scale: float | None = None,
+        keep_gradient_norms: bool = False,
         **kwargs: Any,
     ):
         _check.positive_integer(accumulation_steps=accumulation_steps, rows_per_example=rows_per_example)
@@ -290,6 +301,7 @@ class DPOptimizer:
             accumulation_steps,
             rows_per_example,
             loss_scale,
+            keep_gradient_norms,
         )
 
     @property
@@ -344,6 +356,7 @@ class DPOptimizer:
             "accumulation_steps": self.accumulation_steps,
             "rows_per_example": self.rows_per_example,
             "loss_scale": self._mechanism.loss_scale,
+            "keep_gradient_norms": self._mechanism.norms is not None,
         }
 
     @classmethod

@@ -16,7 +16,7 @@ from tfprivacy_ft import _check, accounting
 from tfprivacy_ft.compute_epsilon import Report, compute_epsilon
 from tfprivacy_ft.errors import DatasetError, InvalidArgumentError
 from tfprivacy_ft.events import Event
-from tfprivacy_ft.ledger import Ledger
+from tfprivacy_ft.ledger import GRADIENT_NORMS, Ledger
 from tfprivacy_ft.recorder import Recorder
 from tfprivacy_ft.sampling import (
     UNKNOWN,
@@ -254,6 +254,8 @@ class PrivacyPlan:
         mechanism, noise = optimizer.mechanism, optimizer.noise_multiplier
         clip = None if mechanism.moving_clip is not None else optimizer.l2_norm_clip
         mechanism.has_plan = True
+        if mechanism.norms is not None:
+            self._ledger.note(GRADIENT_NORMS.kind, GRADIENT_NORMS.text)
 
         def event(sampling: Sampling, steps: int) -> Event:
             return sampling.event(
