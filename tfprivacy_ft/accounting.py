@@ -18,9 +18,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
-from tfprivacy_ft import _check
+from tfprivacy_ft import _check, pure
 from tfprivacy_ft.errors import BudgetExceededError, InvalidArgumentError, UnsupportedEventError
-from tfprivacy_ft.events import Event, Relation, Sampler, Unit, merge
+from tfprivacy_ft.events import Event, Mechanism, Relation, Sampler, Unit, merge
 
 Accountant = Literal["pld", "rdp"]
 
@@ -60,6 +60,7 @@ class Account:
       epsilon_replace_one: the same releases when one unit's data is replaced by any other (the sum moves by twice
         the clip); None unless the relation is zero-out.
       events: what was accounted, equal events merged.
+      epsilon_pure: the epsilon that holds with delta 0; None unless all noise was Laplace noise.
       by_group_lemma: whether the figures for a user with several examples come from those for one example, by a lemma
         that holds for any mechanism: an upper bound, often several times too large.
     """
@@ -72,6 +73,7 @@ class Account:
     epsilon_without_amplification: float
     epsilon_replace_one: float | None
     events: tuple[Event, ...]
+    epsilon_pure: float | None = None
     by_group_lemma: bool = False
 
     @property
@@ -268,7 +270,7 @@ def renyi_divergences(events: Event | Iterable[Event]) -> tuple[Any, Any]:
             "users with several examples that are sampled have no Renyi divergence here: account for single examples, or "
             "make batches without sampling."
         )
-    orders = np.asarray(_rdp_of_one(_Release("gaussian", 1.0, 1))[0], float)
+    orders = np.asarray(_rdp_of_one(_Release("everyone", 1.0, 1))[0], float)
     if not releases:
         return orders, np.zeros(len(orders))
     if any(release.noise_multiplier == 0 for release in releases):
@@ -342,7 +344,7 @@ def solve_noise_multiplier(
         )
 
     start, stride = 1.0, 2.0
-    if accountant == "pld" and _is_sampled(_releases(_one_group(events_for(1.0)))):
+    if accountant == "pld" and not _has_closed_form(_releases(_one_group(events_for(1.0)))):
         # Milliseconds by RDP, then a coarse grid, leave only two or three looks at the fine grid.
         for look, next_stride in ((_rdp_epsilon, 1.1), (_coarse_epsilon, 1.0005)):
             rough = excess_by(functools.partial(look, delta=float(delta)))
@@ -376,8 +378,8 @@ def solve_steps(
     Args:
       target_epsilon: > 0.
       delta: in (0, 1).
-      event: one kind of release. Its count is ignored, except for `"shuffled"`: there count / participations is the
-        length of a pass, and only whole passes are given.
+      event: one kind of release. Its count is ignored, except for `"shuffled"` and `"tree"`: there count / participations
+        is the length of a pass, and only whole passes are given.
       spent: events released before, of the same unit and relation.
       accountant: as in `epsilon`.
       most: where to stop looking, >= 1.
@@ -410,7 +412,7 @@ def solve_steps(
             f"(epsilon {epsilon(spent, delta, accountant=accountant):.4g}): raise the target, or stop here."
         )
     start = 1
-    if accountant == "pld" and _is_sampled(_releases([*spent, _repeat(event, 1)])):
+    if accountant == "pld" and not _has_closed_form(_releases([*spent, _repeat(event, 1)])):
         start = max(1, _largest_count(lambda units: excess(units, "rdp"), 1, most // pass_length))
     return pass_length * _largest_count(lambda units: excess(units, accountant), start, most // pass_length)
 
@@ -456,7 +458,7 @@ def solve_batch_size(
     if excess(most, exact) <= 0:
         return most
     start = 1
-    if accountant == "pld" and _is_sampled(_releases(_one_group(events_for(1)))):
+    if accountant == "pld" and not _has_closed_form(_releases(_one_group(events_for(1)))):
         for look in (_rdp_epsilon, _coarse_epsilon):  # as in `solve_noise_multiplier`
             rough = functools.partial(look, delta=float(delta))
             start = max(1, _largest_count(functools.partial(excess, measure=rough), start, most - 1))
@@ -467,20 +469,32 @@ def solve_batch_size(
 
 
 class _Release(NamedTuple):
-    """`times` equal Gaussian releases, as far as epsilon is concerned; hashable, so that answers can be kept."""
+    """`times` equal releases, as far as epsilon is concerned; hashable, so that answers can be kept."""
 
-    mechanism: Literal["gaussian", "poisson", "fixed"]
-    noise_multiplier: float  # standard deviation over the sensitivity under the relation of the events
+    drawn: Literal["everyone", "poisson", "fixed"]
+    noise_multiplier: float  # standard deviation, or scale of Laplace noise, over the sensitivity under the relation
     times: int
     sampling_probability: float = 1.0
     cohort_size: int = 1
     population: int = 1
     group: int = 1  # units of what is sampled that are protected together
+    mechanism: Mechanism = "gaussian"
 
     @property
     def noise_of_group(self) -> float:
         """Were the whole group in the release, its noise over what it moves the sum by."""
         return self.noise_multiplier / self.group
+
+    @property
+    def pure_epsilon(self) -> float:
+        """Of one of them, if its noise is Laplace noise."""
+        of_one = 1 / self.noise_multiplier
+        if self.drawn == "poisson":
+            # Of a group each is sampled by itself; of pure epsilons, those of its members add up.
+            return self.group * pure.amplified_epsilon(of_one, self.sampling_probability)
+        if self.drawn == "fixed":
+            return pure.amplified_epsilon(of_one, self.cohort_size / self.population)
+        return self.group * of_one
 
 
 def _as_list(events: Event | Iterable[Event]) -> list[Event]:
@@ -514,16 +528,22 @@ def _one_group(events: Event | Iterable[Event]) -> list[Event]:
 
 def _release(event: Event, noise_factor: float) -> _Release:
     noise = float(event.noise_multiplier) * noise_factor
-    times, group = int(event.participations), int(event.examples_per_user)
+    times, group, law = int(event.participations), int(event.examples_per_user), event.mechanism
     if event.sampler == "poisson" and event.sampling_probability is not None and event.sampling_probability < 1:
-        return _Release("poisson", noise, times, sampling_probability=float(event.sampling_probability), group=group)
+        q = float(event.sampling_probability)
+        return _Release("poisson", noise, times, sampling_probability=q, group=group, mechanism=law)
     if event.sampler == "fixed":
         cohort_size, population = int(event.cohort_size or 1), int(event.population or 1)
         # Replacing one unit moves the sum by twice the clip: to the accountant, half the noise.
         if cohort_size < population:
-            return _Release("fixed", noise / 2, times, cohort_size=cohort_size, population=population)
-        return _Release("gaussian", noise / 2, times)
-    return _Release("gaussian", noise, times, group=group)
+            return _Release("fixed", noise / 2, times, cohort_size=cohort_size, population=population, mechanism=law)
+        return _Release("everyone", noise / 2, times, mechanism=law)
+    if event.sampler == "tree":
+        # A leaf is in one node of each level, and all nodes are released at once: one release, with their sensitivities
+        # added up as the norm does.
+        levels = event.tree_levels
+        noise /= math.sqrt(levels) if law == "gaussian" else levels
+    return _Release("everyone", noise, times, group=group, mechanism=law)
 
 
 def _releases(events: Iterable[Event], noise_factor: float = 1.0) -> tuple[_Release, ...]:
@@ -537,35 +557,66 @@ def _releases(events: Iterable[Event], noise_factor: float = 1.0) -> tuple[_Rele
 
 
 def _is_sampled(releases: Iterable[_Release]) -> bool:
-    return any(release.mechanism != "gaussian" for release in releases)
+    return any(release.drawn != "everyone" for release in releases)
+
+
+def _has_closed_form(releases: Iterable[_Release]) -> bool:
+    """Whether all of it is one Gaussian mechanism."""
+    return all(release.drawn == "everyone" and release.mechanism == "gaussian" for release in releases)
 
 
 def _needs_lemma(releases: Iterable[_Release]) -> bool:
     """Whether a whole group's chance to be sampled is one that RDP knows nothing of."""
-    return any(release.group > 1 and release.mechanism != "gaussian" for release in releases)
+    return any(r.group > 1 and r.drawn != "everyone" and r.mechanism == "gaussian" for r in releases)
+
+
+def _has_pld(releases: Iterable[_Release]) -> bool:
+    return not any(release.drawn == "fixed" and release.mechanism == "gaussian" for release in releases)
 
 
 def _account(unit: Unit, relation: Relation, events: list[Event], delta: float) -> Account:
     releases = _releases(events)
-    has_pld = all(release.mechanism != "fixed" for release in releases)
     replaced = _unsampled_epsilon(_releases(events, noise_factor=0.5), delta) if relation == "zero_out" else None
     return Account(
         unit=unit,
         relation=relation,
         delta=delta,
-        epsilon_pld=_pld_epsilon(releases, delta, None) if has_pld else None,
+        epsilon_pld=_pld_epsilon(releases, delta, None) if _has_pld(releases) else None,
         epsilon_rdp=_rdp_epsilon(releases, delta),
         epsilon_without_amplification=_unsampled_epsilon(releases, delta),
         epsilon_replace_one=replaced,
         events=merge(events),
+        epsilon_pure=_pure_epsilon(releases) if any(r.mechanism == "laplace" for r in releases) else None,
         by_group_lemma=_needs_lemma(releases) and not _has_mixtures(),
     )
+
+
+def _pure_epsilon(releases: Iterable[_Release]) -> float | None:
+    """Pure epsilons add up; None if there is none, as with Gaussian noise."""
+    total = 0.0
+    for release in releases:
+        if release.mechanism != "laplace":
+            return None
+        total += release.times * release.pure_epsilon if release.noise_multiplier else math.inf
+    return total
 
 
 # The closed form.
 
 
 def _unsampled_epsilon(releases: Iterable[_Release], delta: float) -> float:
+    """The same releases with everyone in each of them."""
+    unsampled: dict[_Release, int] = {}
+    for release in releases:
+        if release.noise_multiplier == 0:
+            return math.inf
+        key = _Release("everyone", release.noise_multiplier, 0, group=release.group, mechanism=release.mechanism)
+        unsampled[key] = unsampled.get(key, 0) + release.times
+    everyone = tuple(sorted(key._replace(times=times) for key, times in unsampled.items()))
+    return _gaussians_epsilon(everyone, delta) if _has_closed_form(everyone) else _pld_epsilon(everyone, delta, None)
+
+
+def _gaussians_epsilon(releases: Iterable[_Release], delta: float) -> float:
     """Composed Gaussians are one Gaussian: the squares of 1 / noise add up."""
     mu_squared = 0.0
     for release in releases:
@@ -643,12 +694,14 @@ def _rdp_of_one(release: _Release) -> tuple[Any, Any]:
     """The Renyi orders, and the divergence of one such release at each; infinite where it could not be computed."""
     import numpy as np
 
+    if release.mechanism == "laplace":
+        return _rdp_of_one_laplace(release)
     with quiet_accountant() as dp_accounting:
         event = dp_accounting.GaussianDpEvent(release.noise_of_group)
         relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
-        if release.mechanism == "poisson":
+        if release.drawn == "poisson":
             event = dp_accounting.PoissonSampledDpEvent(release.sampling_probability, event)
-        elif release.mechanism == "fixed":
+        elif release.drawn == "fixed":
             event = dp_accounting.SampledWithoutReplacementDpEvent(release.population, release.cohort_size, event)
             relation = dp_accounting.NeighboringRelation.REPLACE_ONE
         divergences = []
@@ -659,12 +712,21 @@ def _rdp_of_one(release: _Release) -> tuple[Any, Any]:
                     divergence = dp_accounting.rdp.RdpAccountant([order], relation).compose(event).rdp[0]
                 except (ValueError, OverflowError, ZeroDivisionError):  # an order that floating point cannot reach
                     divergence = math.inf
-                if release.mechanism != "gaussian":
+                if release.drawn != "everyone":
                     # These are logarithms of sums close to 1: what rounding may have taken away is given back, and
                     # an order below zero, which would count as perfect privacy, is not used.
                     divergence = divergence + _ROUNDING / (order - 1) if divergence >= 0 else math.inf
                 divergences.append(divergence)
     return orders, np.array(divergences)
+
+
+def _rdp_of_one_laplace(release: _Release) -> tuple[Any, Any]:
+    """The most that its pure epsilon allows for, whichever way the noise on many numbers shares the sensitivity."""
+    import numpy as np
+
+    orders = _rdp_of_one(_Release("everyone", 1.0, 1))[0]
+    divergences = [pure.randomized_response_divergence(release.pure_epsilon, float(order)) for order in orders]
+    return orders, np.array(divergences) + _ROUNDING / (np.asarray(orders) - 1)
 
 
 def _rdp_of_all(releases: tuple[_Release, ...]) -> tuple[Any, Any]:
@@ -688,12 +750,14 @@ def _rdp_epsilon(releases: tuple[_Release, ...], delta: float) -> float:
         return math.inf
     if _needs_lemma(releases):
         return min(_by_group_lemma(_rdp_epsilon, releases, delta), _unsampled_epsilon(releases, delta))
+    bound = _pure_epsilon(releases)
+    bound = math.inf if bound is None else bound
     orders, total = _rdp_of_all(releases)
     usable = [i for i, divergence in enumerate(total) if math.isfinite(divergence)]
     if not usable:
-        return math.inf
+        return bound
     with quiet_accountant() as dp_accounting:
-        return float(dp_accounting.rdp.compute_epsilon(orders[usable], total[usable], delta)[0])
+        return min(bound, float(dp_accounting.rdp.compute_epsilon(orders[usable], total[usable], delta)[0]))
 
 
 # Groups: all examples of one user.
@@ -760,22 +824,42 @@ def _loss_of_one(noise_multiplier: float, sampling_probability: float, interval:
     )
 
 
+@functools.lru_cache(maxsize=8)
+def _loss_of_one_pure(pure_epsilon: float, interval: float) -> Any:
+    """The privacy loss distribution of randomized response, which dominates that of every mechanism as private.
+
+    The loss of Laplace noise on a single number lies below it, and would do for vectors if one number were their worst
+    case, for which there is no proof that we know of.
+    """
+    from dp_accounting.pld import common, privacy_loss_distribution
+
+    return privacy_loss_distribution.from_privacy_parameters(
+        common.DifferentialPrivacyParameters(pure_epsilon, 0.0), value_discretization_interval=interval
+    )
+
+
 def _default_interval(releases: tuple[_Release, ...]) -> float:
     """1e-4, or 1e-3 for mixtures, doubled until the largest losses that matter fit into `_MOST_CELLS` cells."""
-    least_noise = min(release.noise_of_group for release in releases)
-    of_one = 10 / least_noise + 0.5 / least_noise**2
+    pure_epsilons = {release.pure_epsilon for release in releases if release.mechanism == "laplace"}
+    gaussian = [release.noise_of_group for release in releases if release.mechanism == "gaussian"]
+    if not gaussian and len(pure_epsilons) == 1:
+        return pure_epsilons.pop()  # all losses are multiples of it: nothing is rounded
+    of_one = max([*pure_epsilons, *(10 / noise + 0.5 / noise**2 for noise in gaussian)])
     largest = max(of_one, _rdp_epsilon(releases, _TAIL))
     if not math.isfinite(largest):
         largest = of_one + _unsampled_epsilon(releases, _TAIL)
     # The loss of a mixture is found cell by cell, which takes half a minute on the finer grid.
     finest = 10 * DEFAULT_DISCRETIZATION if _needs_lemma(releases) and _has_mixtures() else DEFAULT_DISCRETIZATION
+    # The loss of a pure mechanism is one number, rounded up to the grid.
+    finest = min([finest, *(of_one / 200 for of_one in pure_epsilons)])
     doublings = max(0, math.ceil(math.log2(largest / finest / _MOST_CELLS)))
     return finest * 2**doublings
 
 
 def _coarse_epsilon(releases: tuple[_Release, ...], delta: float) -> float:
-    """A quick look, for the searches: ten times the default grid."""
-    return _pld_epsilon(releases, delta, 10 * _default_interval(releases) if _is_sampled(releases) else None)
+    """A quick look, for the searches: ten times the default grid, where there is one."""
+    exact = _has_closed_form(releases) or all(release.mechanism == "laplace" for release in releases)
+    return _pld_epsilon(releases, delta, None if exact else 10 * _default_interval(releases))
 
 
 def _fine_epsilon(releases: tuple[_Release, ...], delta: float) -> float:
@@ -787,8 +871,10 @@ def _loss_of_all(releases: tuple[_Release, ...], interval: float) -> Any:
     """The privacy loss distribution of all releases together."""
     total = None
     for release in releases:
-        if release.mechanism == "gaussian":
+        if _has_closed_form([release]):
             composed = _loss_of_one(release.noise_of_group / math.sqrt(release.times), 1.0, interval)
+        elif release.mechanism == "laplace":
+            composed = _loss_of_one_pure(release.pure_epsilon, interval).self_compose(release.times)
         else:
             one = _loss_of_one(release.noise_multiplier, release.sampling_probability, interval, release.group)
             composed = one.self_compose(release.times)
@@ -798,15 +884,18 @@ def _loss_of_all(releases: tuple[_Release, ...], interval: float) -> Any:
 
 @functools.lru_cache(maxsize=1024)
 def _pld_epsilon(releases: tuple[_Release, ...], delta: float, interval: float | None) -> float:
-    if any(release.mechanism == "fixed" for release in releases):
+    if not _has_pld(releases):
         raise UnsupportedEventError(
             "accountant='pld' has no bound for fixed-size cohorts drawn without replacement: use accountant='rdp', or "
             "Poisson sampling."
         )
     # Sampling never costs privacy, so the unsampled figure is a bound too: all there is to say where nothing is
     # sampled, and a way out where the grid or the tails give up (losses in the thousands, delta below 1e-14).
-    bound = _unsampled_epsilon(releases, delta)
-    if not _is_sampled(releases) or math.isinf(bound):
+    # Small pure epsilons may be below the grid, and then RDP is the tighter of the two.
+    bound = _rdp_epsilon(releases, delta) if any(r.mechanism == "laplace" for r in releases) else math.inf
+    if _is_sampled(releases) or _has_closed_form(releases):
+        bound = min(bound, _unsampled_epsilon(releases, delta))
+    if _has_closed_form(releases) or any(release.noise_multiplier == 0 for release in releases):
         return bound
     if _needs_lemma(releases) and not _has_mixtures():
         return min(bound, _by_group_lemma(functools.partial(_pld_epsilon, interval=interval), releases, delta))
@@ -877,16 +966,18 @@ def _narrow_noise(excess: Callable[[float], float], bracket: _Bracket) -> _Brack
 
 
 def _pass_length(event: Event) -> int:
-    """Releases in one pass of a shuffled event, and 1 for any other: what `_repeat` repeats."""
-    if event.sampler != "shuffled":
+    """Releases in one pass of a shuffled event, or in one tree, and 1 for any other: what `_repeat` repeats."""
+    if not event.in_passes:
         return 1
     if event.participations == 0:
-        raise InvalidArgumentError("a shuffled event with participations=0 has no pass to repeat: give one whole pass.")
+        raise InvalidArgumentError(
+            f"a {event.sampler} event with participations=0 has no pass to repeat: give one whole pass."
+        )
     return event.count // event.participations
 
 
 def _repeat(event: Event, units: int) -> Event:
-    if event.sampler != "shuffled":
+    if not event.in_passes:
         return event.with_count(units)
     return dataclasses.replace(event, count=units * _pass_length(event), participations=units)
 

@@ -16,10 +16,10 @@ from typing import Any, Literal
 from tfprivacy_ft import _check, accounting, ledger
 from tfprivacy_ft.accounting import Account
 from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedEventError
-from tfprivacy_ft.events import Event
+from tfprivacy_ft.events import Event, Mechanism
 from tfprivacy_ft.statement import against, not_covered, statement
 
-__all__ = ["Report", "compose", "compute_epsilon", "dpsgd", "fedavg", "solve"]
+__all__ = ["Report", "compose", "compute_epsilon", "dpftrl", "dpsgd", "fedavg", "solve"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +112,7 @@ _CSV_FIELDS = (
     "epsilon_rdp",
     "epsilon_without_amplification",
     "epsilon_replace_one",
+    "epsilon_pure",
 )
 
 
@@ -208,6 +209,7 @@ def dpsgd(
     steps: int | None = None,
     sampling: Literal["poisson", "shuffle"] = "poisson",
     examples_per_user: int | None = None,
+    mechanism: Mechanism = "gaussian",
 ) -> Report:
     """The privacy of DP-SGD with these settings, for one example, or for one user.
 
@@ -222,6 +224,8 @@ def dpsgd(
         epoch, without amplification; steps are taken to be epochs that leave out the last partial batch.
       examples_per_user: >= 1, the most examples that one user has; protects a user with all of them. None protects one
         example.
+      mechanism: `"gaussian"`; or `"laplace"`, with the scale of its noise over the clip of the l1 norm for
+        `noise_multiplier`, which also gives an epsilon for delta 0.
 
     Returns:
       The report.
@@ -242,7 +246,7 @@ def dpsgd(
     _check.non_negative(noise_multiplier=noise_multiplier)
     accounting.check_delta(delta, num_examples)
     event = _dpsgd_event(num_examples, batch_size, noise_multiplier, epochs, steps, sampling, examples_per_user)
-    return _report([event], delta, None, _TYPED_IN, recorded=False)
+    return _report([dataclasses.replace(event, mechanism=mechanism)], delta, None, _TYPED_IN, recorded=False)
 
 
 def _dpsgd_event(
@@ -355,6 +359,7 @@ def fedavg(
     rounds: int,
     delta: float,
     sampling: Literal["poisson", "fixed"] = "poisson",
+    mechanism: Mechanism = "gaussian",
 ) -> Report:
     """The privacy of DP federated averaging with these settings, for one client and all of its data.
 
@@ -366,6 +371,7 @@ def fedavg(
       delta: in (0, 1).
       sampling: `"poisson"`: each client is in each round independently. `"fixed"`: exactly `clients_per_round`,
         drawn without replacement, which is accounted for replacing one client and costs several times as much.
+      mechanism: as in `dpsgd`.
 
     Returns:
       The report.
@@ -399,6 +405,53 @@ def fedavg(
         )
     else:
         raise InvalidArgumentError(f"sampling={sampling!r} is not allowed: give 'poisson' or 'fixed'.")
+    return _report([dataclasses.replace(event, mechanism=mechanism)], delta, None, _TYPED_IN, recorded=False)
+
+
+def dpftrl(
+    *,
+    num_examples: int,
+    batch_size: int,
+    noise_multiplier: float,
+    epochs: int,
+    delta: float,
+    examples_per_user: int | None = None,
+) -> Report:
+    """The privacy of DP-FTRL with these settings, for one example, or for one user: sums over steps, released by trees.
+
+    Each epoch goes through the data once, in any order, and begins a new tree with one leaf for each step.
+
+    Args:
+      num_examples, batch_size, delta, examples_per_user: as in `dpsgd`; batches are of `batch_size`, but for the last.
+      noise_multiplier: standard deviation of the noise in one node over the clip, >= 0.
+      epochs: >= 1.
+
+    Returns:
+      The report.
+
+    Raises:
+      InvalidArgumentError: an argument is outside its range.
+
+    Example:
+      >>> report = dpftrl(num_examples=1000, batch_size=1, noise_multiplier=5.0, epochs=1, delta=1e-6)
+      >>> round(report.accounts[0].epsilon_rdp, 2)
+      3.13
+
+    Source:
+      Kairouz et al. 2021, "Practical and Private (Deep) Learning without Sampling or Shuffling", Theorem 4.1.
+    """
+    _check.positive_integer(num_examples=num_examples, batch_size=batch_size, epochs=epochs)
+    _check.at_most("num_examples", num_examples, batch_size=batch_size)
+    _check.non_negative(noise_multiplier=noise_multiplier)
+    accounting.check_delta(delta, num_examples)
+    event = Event.tree(
+        trees=epochs,
+        leaves_per_tree=math.ceil(num_examples / batch_size),
+        noise_multiplier=noise_multiplier,
+        population=num_examples,
+        unit="example" if examples_per_user is None else "user",
+        examples_per_user=examples_per_user or 1,
+    )
     return _report([event], delta, None, _TYPED_IN, recorded=False)
 
 
@@ -456,5 +509,6 @@ def _account_to_dict(account: Account) -> dict[str, Any]:
         "epsilon_rdp": _json_number(account.epsilon_rdp),
         "epsilon_without_amplification": _json_number(account.epsilon_without_amplification),
         "epsilon_replace_one": _json_number(account.epsilon_replace_one),
+        "epsilon_pure": _json_number(account.epsilon_pure),
         "events": [event.to_dict() for event in account.events],
     }

@@ -13,7 +13,7 @@ from typing import Any
 
 from tfprivacy_ft import _check, accounting
 from tfprivacy_ft._command import add_completion, with_option_names
-from tfprivacy_ft.compute_epsilon import Report, compose, compute_epsilon, dpsgd, fedavg, solve
+from tfprivacy_ft.compute_epsilon import Report, compose, compute_epsilon, dpftrl, dpsgd, fedavg, solve
 from tfprivacy_ft.errors import PrivacyError
 from tfprivacy_ft.statement import figure
 
@@ -27,6 +27,9 @@ examples:
   The same with batches from a plain shuffle, as Keras makes them (no amplification by sampling):
     compute-epsilon dpsgd --num-examples 60000 --batch-size 256 --noise-multiplier 1.1 --epochs 60 --delta 1e-5 \\
       --sampling shuffle
+
+  The same by DP-FTRL, with trees of noisy sums, which needs no sampling:
+    compute-epsilon dpftrl --num-examples 60000 --batch-size 256 --noise-multiplier 20 --epochs 60 --delta 1e-5
 
   100 rounds of federated averaging with about 100 of 3000 clients in each:
     compute-epsilon fedavg --num-clients 3000 --clients-per-round 100 --noise-multiplier 1 --rounds 100 --delta 1e-4
@@ -56,8 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_completion(parser)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{dpsgd,fedavg,run,compose,solve}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{dpsgd,dpftrl,fedavg,run,compose,solve}")
     _add_dpsgd(_add_command(commands, "dpsgd", "training with DP-SGD; protects one example"))
+    _add_dpftrl(_add_command(commands, "dpftrl", "training with DP-FTRL (trees of sums); protects one example"))
     _add_fedavg(_add_command(commands, "fedavg", "federated averaging with DP; protects one client"))
     _add_run(_add_command(commands, "run", "runs that kept a ledger, each by itself; nothing has to be typed in"))
     _add_run(_add_command(commands, "compose", "several runs on the same data, together"))
@@ -89,8 +93,18 @@ def _add_dpsgd(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-examples", type=int, required=True, help="examples in the data set")
     parser.add_argument("--batch-size", type=int, required=True, help="expected batch size")
     _add_noise(parser)
+    _add_mechanism(parser)
     _add_delta(parser)
     _add_length_and_sampling(parser, required=True)
+
+
+def _add_dpftrl(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-examples", type=int, required=True, help="examples in the data set")
+    parser.add_argument("--batch-size", type=int, required=True, help="examples in a batch")
+    _add_noise(parser)
+    _add_delta(parser)
+    parser.add_argument("--epochs", type=int, required=True, help="passes over the data, each with a tree of its own")
+    _add_user(parser)
 
 
 def _add_solve(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +127,10 @@ def _add_length_and_sampling(parser: argparse.ArgumentParser, required: bool) ->
         default="poisson",
         help="how batches are drawn: each example independently, or each once per epoch (default: poisson)",
     )
+    _add_user(parser)
+
+
+def _add_user(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--examples-per-user", type=int, help="the most examples of one user; protects users rather than examples"
     )
@@ -122,6 +140,7 @@ def _add_fedavg(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-clients", type=int, required=True, help="clients that could take part")
     parser.add_argument("--clients-per-round", type=int, required=True, help="expected clients in one round")
     _add_noise(parser)
+    _add_mechanism(parser)
     _add_delta(parser)
     parser.add_argument("--rounds", type=int, required=True, help="rounds in all")
     parser.add_argument(
@@ -136,6 +155,15 @@ def _add_noise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--noise-multiplier", type=float, required=True, help="noise over clip; 0 means no privacy")
 
 
+def _add_mechanism(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mechanism",
+        choices=("gaussian", "laplace"),
+        default="gaussian",
+        help="of the noise; for laplace, the clip is of the l1 norm, and delta may be 0 (default: gaussian)",
+    )
+
+
 def _add_delta(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--delta", type=float, required=True, help="in (0, 1), well below 1 / number protected")
 
@@ -145,7 +173,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--delta", type=float, help="in (0, 1); default: the one the runs recorded")
 
 
-_TYPED_IN: dict[str, Callable[..., Report]] = {"dpsgd": dpsgd, "fedavg": fedavg, "solve": solve}
+_TYPED_IN: dict[str, Callable[..., Report]] = {"dpsgd": dpsgd, "dpftrl": dpftrl, "fedavg": fedavg, "solve": solve}
 
 
 def _reports(command: str, options: dict[str, Any]) -> list[Report]:

@@ -14,7 +14,8 @@ from tfprivacy_ft import _check
 from tfprivacy_ft.errors import InvalidArgumentError
 
 Unit = Literal["example", "user", "client"]
-Sampler = Literal["poisson", "shuffled", "fixed", "unknown"]
+Sampler = Literal["poisson", "shuffled", "fixed", "unknown", "tree"]
+Mechanism = Literal["gaussian", "laplace"]
 Relation = Literal["add_or_remove_one", "zero_out", "replace_one"]
 
 # Which neighbouring data sets each sampler is accounted for.
@@ -23,28 +24,33 @@ RELATIONS: dict[str, Relation] = {
     "shuffled": "zero_out",
     "fixed": "replace_one",
     "unknown": "zero_out",
+    "tree": "zero_out",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """`count` releases of one Gaussian mechanism on sampled units of privacy.
+    """`count` releases of one mechanism on sampled units of privacy.
 
     Args:
       unit: who is protected: `"example"`, `"user"` (all examples of one, at most `examples_per_user`) or `"client"`.
       sampler: how the units of one release were chosen. `"poisson"`: each independently with
         `sampling_probability`. `"shuffled"`: each at most once in a pass, no amplification. `"fixed"`:
         `cohort_size` of `population`, uniformly without replacement. `"unknown"`: anything else, taken to be
-        every unit in every release, once.
-      noise_multiplier: standard deviation of the noise divided by the clip; 0 means no privacy.
+        every unit in every release, once. `"tree"`: each at most once in each tree of partial sums.
+      noise_multiplier: standard deviation of the noise divided by the clip, or scale of Laplace noise divided by the clip
+        of the l1 norm; 0 means no privacy.
       count: releases (steps or rounds), >= 0.
       population: units that could take part, >= 1 (public); None where it is not known.
       sampling_probability: in (0, 1], for `"poisson"`.
       cohort_size: units in one release, for `"fixed"`.
-      participations: the most releases any one unit took part in: passes for `"shuffled"`, and `count` otherwise.
+      participations: the most releases any one unit took part in: passes for `"shuffled"`, trees for `"tree"`, and `count`
+        otherwise.
       l2_norm_clip: the clip, for the record; epsilon does not depend on it.
       examples_per_user: the most examples that one user has, >= 1, for the unit `"user"`. What is sampled and clipped, and
         counted in `population` and `participations`, is a single example.
+      mechanism: `"gaussian"` or `"laplace"`.
+      leaves_per_tree: the most releases (leaves) that one tree of partial sums has, >= 1, for `"tree"`.
 
     Raises:
       InvalidArgumentError: a value is outside its range.
@@ -64,6 +70,8 @@ class Event:
     cohort_size: int | None = None
     l2_norm_clip: float | None = None
     examples_per_user: int = 1
+    mechanism: Mechanism = "gaussian"
+    leaves_per_tree: int | None = None
 
     def __post_init__(self):
         if self.unit not in ("example", "user", "client"):
@@ -72,6 +80,13 @@ class Event:
         if self.examples_per_user > 1 and self.unit != "user":
             raise InvalidArgumentError(
                 f"examples_per_user={self.examples_per_user} does not go with unit={self.unit!r}: give unit='user'."
+            )
+        if self.mechanism not in ("gaussian", "laplace"):
+            raise InvalidArgumentError(f"mechanism={self.mechanism!r} is unknown: use 'gaussian' or 'laplace'.")
+        if self.mechanism == "laplace" and self.l2_norm_clip is not None:
+            raise InvalidArgumentError(
+                f"l2_norm_clip={self.l2_norm_clip} does not go with mechanism='laplace', whose clip bounds the l1 norm: leave "
+                "it out."
             )
         if self.sampler not in RELATIONS:
             raise InvalidArgumentError(f"sampler={self.sampler!r} is unknown: use one of {', '.join(RELATIONS)}.")
@@ -102,15 +117,37 @@ class Event:
                 f"cohort_size={self.cohort_size} must lie between 1 and population={self.population}."
             )
 
+        if self.sampler == "tree":
+            _check.positive_integer(leaves_per_tree=self.leaves_per_tree)
+            assert self.leaves_per_tree is not None
+            if self.count > self.participations * self.leaves_per_tree:
+                raise InvalidArgumentError(
+                    f"count={self.count} is more than participations={self.participations} trees of "
+                    f"leaves_per_tree={self.leaves_per_tree} hold."
+                )
+
+    @property
+    def in_passes(self) -> bool:
+        """Whether units take part once in each pass (or tree) of several releases, rather than in each release."""
+        return self.sampler in ("shuffled", "tree")
+
+    @property
+    def tree_levels(self) -> int:
+        """How many nodes of a binary tree hold one leaf, at most, the leaf and the root among them; for `"tree"`."""
+        assert self.leaves_per_tree is not None
+        return self.leaves_per_tree.bit_length()
+
     @property
     def relation(self) -> Relation:
         """The neighbouring relation that this event's epsilon is stated for."""
         return RELATIONS[self.sampler]
 
     def with_count(self, count: int) -> "Event":
-        """The same event, `count` times; not for `"shuffled"`, whose participations are passes."""
-        if self.sampler == "shuffled":
-            raise InvalidArgumentError("the count of a shuffled event does not give its passes: build a new event.")
+        """The same event, `count` times; not for `"shuffled"` and `"tree"`, whose participations are passes."""
+        if self.in_passes:
+            raise InvalidArgumentError(
+                f"the count of a {self.sampler} event does not give its passes: build a new event."
+            )
         return dataclasses.replace(self, count=count, participations=count)
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,6 +165,7 @@ class Event:
         unit: Unit = "example",
         l2_norm_clip: float | None = None,
         examples_per_user: int = 1,
+        mechanism: Mechanism = "gaussian",
     ) -> "Event":
         """Each unit takes part in each of `count` releases independently with `sampling_probability`."""
         return cls(
@@ -140,6 +178,7 @@ class Event:
             sampling_probability=sampling_probability,
             l2_norm_clip=l2_norm_clip,
             examples_per_user=examples_per_user,
+            mechanism=mechanism,
         )
 
     @classmethod
@@ -153,6 +192,7 @@ class Event:
         unit: Unit = "example",
         l2_norm_clip: float | None = None,
         examples_per_user: int = 1,
+        mechanism: Mechanism = "gaussian",
     ) -> "Event":
         """`count` releases in which no unit took part more than `passes` times."""
         return cls(
@@ -164,6 +204,7 @@ class Event:
             population=population,
             l2_norm_clip=l2_norm_clip,
             examples_per_user=examples_per_user,
+            mechanism=mechanism,
         )
 
     @classmethod
@@ -176,6 +217,7 @@ class Event:
         population: int,
         unit: Unit = "client",
         l2_norm_clip: float | None = None,
+        mechanism: Mechanism = "gaussian",
     ) -> "Event":
         """Each release uses `cohort_size` of `population` units, drawn without replacement."""
         return cls(
@@ -187,6 +229,7 @@ class Event:
             population=population,
             cohort_size=cohort_size,
             l2_norm_clip=l2_norm_clip,
+            mechanism=mechanism,
         )
 
     @classmethod
@@ -199,6 +242,7 @@ class Event:
         unit: Unit = "example",
         l2_norm_clip: float | None = None,
         examples_per_user: int = 1,
+        mechanism: Mechanism = "gaussian",
     ) -> "Event":
         """Batches that nobody vouches for: every unit is taken to be in every release."""
         return cls(
@@ -210,6 +254,45 @@ class Event:
             population=population,
             l2_norm_clip=l2_norm_clip,
             examples_per_user=examples_per_user,
+            mechanism=mechanism,
+        )
+
+    @classmethod
+    def tree(
+        cls,
+        *,
+        trees: int,
+        leaves_per_tree: int,
+        noise_multiplier: float,
+        population: int | None = None,
+        unit: Unit = "example",
+        l2_norm_clip: float | None = None,
+        examples_per_user: int = 1,
+    ) -> "Event":
+        """Sums over all steps so far, released by trees of noisy partial sums (DP-FTRL); no unit is in a tree twice.
+
+        Each node of a tree holds the sum of the leaves (steps) below it, with noise of its own.
+
+        Args:
+          trees: how many one after the other: one for each pass, where every pass begins a new one, >= 0.
+          leaves_per_tree: steps in each, >= 1.
+          noise_multiplier: standard deviation of a node's noise divided by the clip, >= 0.
+          population, unit, l2_norm_clip, examples_per_user: as in the class.
+
+        Source: Kairouz et al. 2021, "Practical and Private (Deep) Learning without Sampling or Shuffling", Theorem 4.1 and
+          appendix D.
+        """
+        _check.positive_integer(leaves_per_tree=leaves_per_tree)
+        return cls(
+            unit=unit,
+            sampler="tree",
+            noise_multiplier=noise_multiplier,
+            count=trees * leaves_per_tree,
+            participations=trees,
+            population=population,
+            l2_norm_clip=l2_norm_clip,
+            examples_per_user=examples_per_user,
+            leaves_per_tree=leaves_per_tree,
         )
 
 

@@ -407,6 +407,11 @@ class Ledger:
                 f"sampler={event.sampler!r} was not reserved like this: amplification by sampling has to be reserved "
                 "with the same sampler and the same rate."
             )
+        if any((one.mechanism, one.leaves_per_tree) != (event.mechanism, event.leaves_per_tree) for one in reserved):
+            raise InvalidArgumentError(
+                f"mechanism={event.mechanism!r} with leaves_per_tree={event.leaves_per_tree} was not reserved: settle with the "
+                "mechanism of the reservation."
+            )
         _check.at_most("reserved", sum(one.count for one in reserved), count=event.count)
         participations = sum(one.participations for one in reserved)
         _check.at_most("reserved", participations, participations=event.participations)

@@ -71,12 +71,24 @@ def _sampling_in_words(event: Event) -> str:
             f"{event.count:,} {releases} in which no {unit}{of} took part more than {event.participations:,} times "
             "(shuffled: no amplification by sampling)"
         )
+    if event.sampler == "tree":
+        trees = "one tree" if event.participations == 1 else f"each of {event.participations:,} trees"
+        return (
+            f"{event.count:,} {releases} as leaves of {trees} of partial sums, in which no {unit}{of} is more than once (no "
+            "amplification by sampling)"
+        )
     if event.sampler == "fixed":
         return f"{event.count:,} {releases} of exactly {event.cohort_size:,}{of} {unit}s, drawn without replacement"
     return (
         f"{event.count:,} {releases} of unknown make, so every {unit}{of} is taken to be in every one of them, once (no "
         "amplification by sampling)"
     )
+
+
+def _noise_in_words(event: Event) -> str:
+    if event.mechanism == "laplace":
+        return f"Laplace noise, whose scale is {event.noise_multiplier:g} times the clip of the l1 norm"
+    return f"noise multiplier {event.noise_multiplier:g}"
 
 
 def _headline(account: Account) -> str:
@@ -116,11 +128,13 @@ def _account_to_text(account: Account, report: "Report") -> list[str]:
     if account.epsilon_replace_one is not None:
         replaced = figure(account.epsilon_replace_one)
         rows.append(("If replaced:", f"epsilon = {replaced} against replacing one {account.unit} by any other"))
+    if account.epsilon_pure is not None:
+        rows.append(("By pure DP:", f"epsilon = {figure(account.epsilon_pure)} at delta = 0"))
     if account.by_group_lemma:
         text = "from the figures for one example, by a lemma that holds for any mechanism: an upper bound."
         rows.append(("Of a user:", text))
     for event in account.events:
-        rows.append(("What ran:", f"{_sampling_in_words(event)}; noise multiplier {event.noise_multiplier:g}."))
+        rows.append(("What ran:", f"{_sampling_in_words(event)}; {_noise_in_words(event)}."))
     rows.append(("Source:", f"{report.source}."))
     return [textwrap.fill(_headline(account), _WIDTH), *(_row(label, text) for label, text in rows)]
 

@@ -5,14 +5,16 @@ import math
 import warnings
 
 import dp_accounting
+import numpy as np
 import pytest
+import scipy.stats
 from dp_accounting import pld
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tfprivacy_ft import accounting
+from tfprivacy_ft import accounting, pure
 from tfprivacy_ft.errors import BudgetExceededError, InvalidArgumentError, UnsupportedEventError
-from tfprivacy_ft.events import Event
+from tfprivacy_ft.events import Event, merge
 
 
 def poisson(q, noise, steps, unit="example"):
@@ -475,7 +477,7 @@ def test_the_group_lemma_holds_and_is_above_what_is_exact(size, noise):
         assert all(release.group == 1 for release in releases)
         return accounting.gaussian_epsilon(noise_multiplier=noise, delta=smaller)
 
-    releases = (accounting._Release("gaussian", noise, 1, group=size),)
+    releases = (accounting._Release("everyone", noise, 1, group=size),)
     found = accounting._by_group_lemma(of_one, releases, delta)
     exact = accounting.gaussian_epsilon(noise_multiplier=noise / size, delta=delta)
     assert exact < found < 3 * exact
@@ -501,3 +503,123 @@ def test_users_and_examples_stand_side_by_side():
     assert [account.unit for account in accounting.accounts(events, 1e-5)] == ["example", "user"]
     with pytest.raises(UnsupportedEventError, match="do not add up"):
         accounting.epsilon(events, 1e-5)
+
+
+# Laplace noise.
+
+
+def laplace(event):
+    return dataclasses.replace(event, mechanism="laplace")
+
+
+def test_pure_epsilons_add_up_and_hold_for_delta_zero():
+    (account,) = accounting.accounts(laplace(Event.unknown(count=7, noise_multiplier=2.0)), 1e-5)
+    assert account.epsilon_pure == 3.5
+    assert account.epsilon <= account.epsilon_rdp <= 3.5
+    q, z = 0.01, 0.5
+    (account,) = accounting.accounts([laplace(poisson(q, z, 10))], 1e-5)
+    assert account.epsilon_pure == pytest.approx(10 * math.log(1 + q * (math.exp(1 / z) - 1)), rel=1e-12)
+    assert account.epsilon <= account.epsilon_pure < account.epsilon_without_amplification <= 20
+
+
+def test_laplace_noise_is_no_worse_than_randomized_response_and_no_better_than_on_one_number():
+    delta, interval, steps, scale = 1e-5, 1e-4, 200, 20.0
+    accountant = dp_accounting.pld.PLDAccountant(value_discretization_interval=interval)
+    of_one_number = accountant.compose(dp_accounting.LaplaceDpEvent(scale), steps).get_epsilon(delta)
+    spent = accounting.epsilon(laplace(Event.unknown(count=steps, noise_multiplier=scale)), delta)
+    assert of_one_number < spent < 1.05 * of_one_number
+    # Kairouz, Oh, Viswanath 2015, Theorem 3.3: the exact composition of randomized response.
+    one = 1 / scale
+    truths = np.arange(steps + 1)
+    log_p = scipy.stats.binom.logpmf(truths, steps, 1 / (1 + math.exp(-one)))
+    losses = one * (2 * truths - steps)
+    within = spent * (1 + 1e-3)
+    assert np.sum(np.exp(log_p) * np.maximum(0, -np.expm1(within - losses))) <= delta
+    below = spent * 0.99
+    assert np.sum(np.exp(log_p) * np.maximum(0, -np.expm1(below - losses))) > delta
+
+
+def test_tiny_pure_epsilons_are_not_lost_on_the_grid():
+    event = laplace(poisson(1e-4, 10.0, 10**6))
+    (account,) = accounting.accounts(event, 1e-6)
+    # An epsilon e that composes k times is at most about sqrt(2 k log(1 / delta)) e.
+    one = math.log1p(1e-4 * math.expm1(0.1))
+    bound = math.sqrt(2 * 10**6 * math.log(1e6)) * one + 10**6 * one * math.expm1(one)
+    assert 0.5 * bound < account.epsilon <= account.epsilon_rdp <= bound
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_laplace_noise_composes_with_gaussian_noise(accountant):
+    of_laplace, of_gauss = laplace(poisson(0.01, 2.0, 100)), poisson(0.01, 1.0, 100)
+    both = accounting.epsilon([of_laplace, of_gauss], 1e-5, accountant=accountant)
+    alone, apart = (
+        [accounting.epsilon(event, delta, accountant=accountant) for event in (of_laplace, of_gauss)]
+        for delta in (1e-5, 0.5e-5)
+    )
+    assert max(alone) < both < sum(apart)
+    assert accounting.accounts([of_laplace, of_gauss], 1e-5)[0].epsilon_pure is None
+
+
+def test_cohorts_of_a_fixed_size_have_a_pure_epsilon_and_a_pld_bound():
+    event = laplace(Event.fixed(count=5, noise_multiplier=4.0, cohort_size=10, population=1000))
+    (account,) = accounting.accounts(event, 1e-5)
+    assert account.epsilon_pure == pytest.approx(5 * math.log(1 + 0.01 * (math.exp(2 / 4.0) - 1)), rel=1e-12)
+    assert account.relation == "replace_one" and 0 < account.epsilon_pld <= account.epsilon_pure
+
+
+def test_a_user_has_as_many_pure_epsilons_as_examples():
+    of_user = dataclasses.replace(laplace(poisson(0.01, 2.0, 10)), unit="user", examples_per_user=3)
+    (user,), (example,) = accounting.accounts(of_user, 1e-5), accounting.accounts(laplace(poisson(0.01, 2.0, 10)), 1e-5)
+    assert user.epsilon_pure == pytest.approx(3 * example.epsilon_pure, rel=1e-12)
+    assert example.epsilon < user.epsilon <= user.epsilon_pure and not user.by_group_lemma
+
+
+def test_laplace_noise_is_solved_for():
+    def events(noise):
+        return laplace(poisson(0.01, noise, 1000))
+
+    noise = accounting.solve_noise_multiplier(target_epsilon=1.0, delta=1e-5, events_for=events)
+    assert accounting.epsilon(events(noise), 1e-5) <= 1.0 < accounting.epsilon(events(noise * 0.995), 1e-5)
+
+
+@pytest.mark.parametrize("epsilon", [1e-3, 0.7, 30.0, 1000.0])
+def test_amplification_and_divergence_of_pure_epsilons(epsilon):
+    assert pure.amplified_epsilon(epsilon, 1.0) == pytest.approx(epsilon, rel=1e-12)
+    assert pure.amplified_epsilon(epsilon, 0.1) < epsilon
+    divergences = [pure.randomized_response_divergence(epsilon, order) for order in (1.01, 2.0, 32.0, 1e4)]
+    assert divergences == sorted(divergences) and divergences[-1] <= epsilon
+    assert divergences[1] <= min(epsilon, epsilon**2)  # Bun & Steinke 2016, Proposition 3.3: order * epsilon^2 / 2
+
+
+# Trees of partial sums.
+
+
+@pytest.mark.parametrize(("noise", "expected"), [(1.0, 20.55), (5.0, 3.131)])
+def test_published_figures_of_trees(noise, expected):
+    event = Event.tree(trees=1, leaves_per_tree=1000, noise_multiplier=noise)
+    assert float(f"{accounting.epsilon(event, 1e-6, accountant='rdp'):.4g}") == expected
+    # All nodes together are one Gaussian mechanism, of which the closed form is exact.
+    levels = accounting.gaussian_epsilon(noise_multiplier=noise, delta=1e-6, releases=10)
+    assert accounting.epsilon(event, 1e-6) == pytest.approx(levels, rel=1e-12)
+
+
+@pytest.mark.parametrize("leaves", [1, 2, 3, 4, 7, 8, 1000, 1023, 1024, 1025])
+def test_trees_against_the_accountant(leaves):
+    accountant = dp_accounting.rdp.RdpAccountant(None, dp_accounting.NeighboringRelation.REPLACE_SPECIAL)
+    accountant.compose(dp_accounting.SingleEpochTreeAggregationDpEvent(2.0, leaves), 3)
+    event = Event.tree(trees=3, leaves_per_tree=leaves, noise_multiplier=2.0)
+    spent = accounting.epsilon(event, 1e-6, accountant="rdp")
+    assert spent == pytest.approx(accountant.get_epsilon(1e-6), rel=1e-9)
+
+
+def test_trees_of_other_sizes_stay_apart():
+    events = [Event.tree(trees=1, leaves_per_tree=leaves, noise_multiplier=3.0) for leaves in (4, 2)]
+    assert len(merge(events)) == 2
+    assert accounting.epsilon(events, 1e-5) == accounting.gaussian_epsilon(noise_multiplier=3.0, delta=1e-5, releases=5)
+
+
+def test_trees_are_solved_for_whole():
+    tree = Event.tree(trees=1, leaves_per_tree=8, noise_multiplier=10.0)
+    steps = accounting.solve_steps(target_epsilon=2.0, delta=1e-5, event=tree)
+    assert steps % 8 == 0 and steps > 0
+    assert accounting.epsilon(Event.tree(trees=steps // 8, leaves_per_tree=8, noise_multiplier=10.0), 1e-5) <= 2.0

@@ -6,10 +6,11 @@ import pytest
 from epsilon_helpers import DPSGD, FEDAVG, a_run, strict_json
 
 from tfprivacy_ft import statement
-from tfprivacy_ft.compute_epsilon import compose, compute_epsilon, dpsgd, fedavg, solve
+from tfprivacy_ft.compute_epsilon import compose, compute_epsilon, dpftrl, dpsgd, fedavg, solve
 from tfprivacy_ft.errors import InvalidArgumentError, LedgerError, UnsupportedEventError
 from tfprivacy_ft.events import Event
 from tfprivacy_ft.ledger import Ledger
+from tfprivacy_ft.statement import figure
 
 
 def test_dpsgd_by_epochs_and_by_steps():
@@ -276,3 +277,25 @@ def test_a_typed_in_report_says_so():
     assert "adding or removing one client" in text
     assert "hyper-parameters" in text
     assert max(len(line) for line in str(fedavg(**FEDAVG)).splitlines()) <= 100
+
+
+def test_laplace_noise_is_stated_with_its_pure_epsilon():
+    report = fedavg(**{**FEDAVG, "mechanism": "laplace", "noise_multiplier": 5.0})
+    (account,) = report.accounts
+    assert f"By pure DP:       epsilon = {figure(account.epsilon_pure)} at delta = 0" in str(report)
+    assert "Laplace noise, whose scale is 5 times the clip of the l1 norm" in " ".join(str(report).split())
+    assert strict_json(report.to_json())["accounts"][0]["epsilon_pure"] == account.epsilon_pure
+    with pytest.raises(InvalidArgumentError, match=r"mechanism='uniform' is unknown"):
+        dpsgd(**{**DPSGD, "mechanism": "uniform"})
+
+
+def test_trees_are_stated_as_what_they_are():
+    report = dpftrl(num_examples=1000, batch_size=1, noise_multiplier=5.0, epochs=2, delta=1e-6)
+    assert "2,000 steps as leaves of each of 2 trees of partial sums" in " ".join(str(report).split())
+    (account,) = report.accounts
+    assert (account.relation, account.epsilon) == ("zero_out", account.epsilon_without_amplification)
+    assert "one tree of" in " ".join(
+        str(dpftrl(num_examples=9, batch_size=4, noise_multiplier=5.0, epochs=1, delta=1e-3)).split()
+    )
+    with pytest.raises(InvalidArgumentError, match="batch_size"):
+        dpftrl(num_examples=1000, batch_size=1001, noise_multiplier=5.0, epochs=2, delta=1e-6)

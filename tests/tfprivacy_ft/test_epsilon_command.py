@@ -116,7 +116,7 @@ def test_a_large_delta_is_a_warning_on_stderr(capsys):
     assert "warning: --delta 0.0001 is not below 1/60000" in err and "epsilon" in out
 
 
-@pytest.mark.parametrize("command", [[], ["dpsgd"], ["fedavg"], ["run"], ["compose"], ["solve"]])
+@pytest.mark.parametrize("command", [[], ["dpsgd"], ["dpftrl"], ["fedavg"], ["run"], ["compose"], ["solve"]])
 def test_help_has_worked_examples(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
@@ -127,8 +127,8 @@ def test_help_has_worked_examples(command, capsys):
 def test_the_examples_of_the_help_work(capsys):
     text = epsilon_command._EXAMPLES.replace("\\\n", " ")
     commands = [line.split()[1:] for line in text.splitlines() if line.strip().startswith("compute-epsilon ")]
-    assert len(commands) == 7
-    for argv in commands[:4]:
+    assert len(commands) == 8
+    for argv in commands[:5]:
         assert main(argv) == 0
         assert "warning" not in capsys.readouterr().err
 

@@ -11,7 +11,8 @@ SHUFFLED = Event.shuffled(count=20, passes=2, noise_multiplier=1.1, population=1
 FIXED = Event.fixed(count=5, noise_multiplier=1.0, cohort_size=10, population=100)
 UNKNOWN = Event.unknown(count=7, noise_multiplier=0.5)
 OF_USER = Event.poisson(count=3, noise_multiplier=1.1, sampling_probability=0.01, unit="user", examples_per_user=4)
-ALL = [POISSON, SHUFFLED, FIXED, UNKNOWN, OF_USER]
+TREE = Event.tree(trees=2, leaves_per_tree=9, noise_multiplier=1.0)
+ALL = [POISSON, SHUFFLED, FIXED, UNKNOWN, OF_USER, TREE, dataclasses.replace(POISSON, mechanism="laplace")]
 
 
 @pytest.mark.parametrize("event", ALL)
@@ -20,8 +21,8 @@ def test_an_event_survives_json(event):
 
 
 def test_each_sampler_has_its_neighbouring_relation():
-    relations = [event.relation for event in ALL]
-    assert relations == ["add_or_remove_one", "zero_out", "replace_one", "zero_out", "add_or_remove_one"]
+    relations = [event.relation for event in (POISSON, SHUFFLED, FIXED, UNKNOWN, TREE)]
+    assert relations == ["add_or_remove_one", "zero_out", "replace_one", "zero_out", "zero_out"]
 
 
 @pytest.mark.parametrize("event", [POISSON, FIXED, UNKNOWN])
@@ -29,9 +30,21 @@ def test_with_count_changes_participations_too(event):
     assert (event.with_count(9).count, event.with_count(9).participations) == (9, 9)
 
 
-def test_with_count_of_a_shuffled_event_is_refused():
+@pytest.mark.parametrize("event", [SHUFFLED, TREE])
+def test_with_count_of_an_event_in_passes_is_refused(event):
     with pytest.raises(InvalidArgumentError, match="passes"):
-        SHUFFLED.with_count(3)
+        event.with_count(3)
+
+
+@pytest.mark.parametrize("changes", [{"leaves_per_tree": None}, {"leaves_per_tree": 0}, {"leaves_per_tree": 8}])
+def test_a_tree_holds_its_leaves(changes):
+    with pytest.raises(InvalidArgumentError, match="leaves_per_tree"):
+        dataclasses.replace(TREE, **changes)
+
+
+def test_laplace_noise_does_not_go_with_a_clip_of_the_l2_norm():
+    with pytest.raises(InvalidArgumentError, match=r"does not go with mechanism='laplace'"):
+        Event.unknown(count=1, noise_multiplier=1.0, l2_norm_clip=1.0, mechanism="laplace")
 
 
 @pytest.mark.parametrize(
@@ -41,6 +54,7 @@ def test_with_count_of_a_shuffled_event_is_refused():
         {"examples_per_user": 2},
         {"unit": "user", "examples_per_user": 0},
         {"sampler": "lottery"},
+        {"mechanism": "uniform"},
         {"noise_multiplier": -1.0},
         {"noise_multiplier": float("nan")},
         {"noise_multiplier": float("inf")},
