@@ -932,6 +932,8 @@ def _bracket_noise(excess: Callable[[float], float], start: float, stride: float
     noise, miss = start, excess(start)
     upwards = miss > 0
     while True:
+        # Epsilon falls a little faster than noise grows, so that a stride as long as the miss just passes the target.
+        stride = max(stride, math.exp(1.05 * min(abs(miss), 0.5)))
         following = noise * stride if upwards else noise / stride
         if not _LEAST_NOISE <= following <= _MOST_NOISE:
             return None
