@@ -95,6 +95,11 @@ def function_body(definition: Any) -> Any:
     return function_def_to_graph.function_def_to_graph(definition)
 
 
+def sources_of(dataset: tf.data.Dataset) -> list[tf.data.Dataset]:
+    """The data sets that this step of a pipeline reads from."""
+    return dataset._inputs()
+
+
 def steps_per_execution(model: Any) -> int:
     """How many steps the model's training function runs at once."""
     public = getattr(model, "steps_per_execution", None)

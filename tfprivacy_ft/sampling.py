@@ -15,6 +15,7 @@ import tensorflow as tf
 from tfprivacy_ft import _check
 from tfprivacy_ft.errors import DatasetError
 from tfprivacy_ft.events import Event
+from tfprivacy_ft.keras_compat import sources_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +165,7 @@ def repeats_before_batching(dataset: tf.data.Dataset) -> bool:
         if is_batched and "Repeat" in kind:
             return True
         is_batched = is_batched or any(word in kind for word in ("Batch", "Window"))
-        pending += [(source, is_batched) for source in step._inputs()]
+        pending += [(source, is_batched) for source in sources_of(step)]
     return False
 
 
