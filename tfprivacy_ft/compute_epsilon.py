@@ -17,9 +17,10 @@ from tfprivacy_ft import _check, accounting, ledger
 from tfprivacy_ft.accounting import Account
 from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedEventError
 from tfprivacy_ft.events import Event, Mechanism
+from tfprivacy_ft.search import BestOf, Distribution
 from tfprivacy_ft.statement import against, not_covered, statement
 
-__all__ = ["Report", "compose", "compute_epsilon", "dpftrl", "dpsgd", "fedavg", "solve"]
+__all__ = ["Report", "best_of", "compose", "compute_epsilon", "dpftrl", "dpsgd", "fedavg", "solve"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Report:
       facts: public facts that the run recorded.
       unsettled: reservations of the run that were never settled, and are counted in full.
       solved: what `solve` was asked for, by name.
+      search: of which one such run is a part, and which the accounts then are of; None if there was none.
     """
 
     accounts: tuple[Account, ...]
@@ -47,6 +49,7 @@ class Report:
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     unsettled: int = 0
     solved: dict[str, float] = dataclasses.field(default_factory=dict)
+    search: BestOf | None = None
 
     @property
     def epsilon(self) -> float:
@@ -79,6 +82,7 @@ class Report:
             "facts": self.facts,
             "unsettled": self.unsettled,
             "solved": {name: _json_number(value) for name, value in self.solved.items()},
+            "search": None if self.search is None else dataclasses.asdict(self.search),
         }
 
     def to_json(self) -> str:
@@ -453,6 +457,50 @@ def dpftrl(
         examples_per_user=examples_per_user or 1,
     )
     return _report([event], delta, None, _TYPED_IN, recorded=False)
+
+
+def best_of(report: Report, *, distribution: Distribution, mean: float) -> Report:
+    """The privacy of a search: the best of a number of runs like the one reported on, a number that was drawn beforehand.
+
+    Args:
+      report: on one run of the search, or on the costliest if they differ.
+      distribution, mean: of the number of runs, as in `BestOf`, which draws it.
+
+    Returns:
+      The report on the search, by Renyi divergences.
+
+    Raises:
+      InvalidArgumentError: an argument is outside its range.
+      UnsupportedEventError: users with several examples were sampled, for which no divergence is known.
+
+    Example:
+      >>> one = dpsgd(num_examples=60_000, batch_size=256, noise_multiplier=1.1, epochs=60, delta=1e-5)
+      >>> round(best_of(one, distribution="geometric", mean=10).epsilon, 2)
+      5.05
+
+    Source:
+      Papernot & Steinke 2022, "Hyperparameter Tuning with Renyi Differential Privacy", Theorems 2 and 6.
+    """
+    search = BestOf(distribution, mean)
+
+    def searched(account: Account) -> Account:
+        return dataclasses.replace(
+            account,
+            epsilon_pld=None,
+            epsilon_rdp=search.epsilon(account.events, report.delta),
+            epsilon_without_amplification=search.epsilon(map(_of_everyone, account.events), report.delta),
+            epsilon_replace_one=None,
+            epsilon_pure=None,
+        )
+
+    return dataclasses.replace(report, accounts=tuple(map(searched, report.accounts)), search=search)
+
+
+def _of_everyone(event: Event) -> Event:
+    """The same releases without sampling."""
+    if event.sampler == "poisson":
+        return dataclasses.replace(event, sampling_probability=1.0)
+    return dataclasses.replace(event, cohort_size=event.population) if event.sampler == "fixed" else event
 
 
 _TYPED_IN = "typed in, not recorded by a run"

@@ -13,8 +13,8 @@ from typing import Any
 
 from tfprivacy_ft import _check, accounting
 from tfprivacy_ft._command import add_completion, with_option_names
-from tfprivacy_ft.compute_epsilon import Report, compose, compute_epsilon, dpftrl, dpsgd, fedavg, solve
-from tfprivacy_ft.errors import PrivacyError
+from tfprivacy_ft.compute_epsilon import Report, best_of, compose, compute_epsilon, dpftrl, dpsgd, fedavg, solve
+from tfprivacy_ft.errors import InvalidArgumentError, PrivacyError
 from tfprivacy_ft.statement import figure
 
 __all__ = ["main"]
@@ -65,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_fedavg(_add_command(commands, "fedavg", "federated averaging with DP; protects one client"))
     _add_run(_add_command(commands, "run", "runs that kept a ledger, each by itself; nothing has to be typed in"))
     _add_run(_add_command(commands, "compose", "several runs on the same data, together"))
+    for name in ("dpsgd", "dpftrl", "fedavg", "run", "compose"):
+        _add_search(commands.choices[name])
     _add_solve(_add_command(commands, "solve", "DP-SGD, and the one setting that is left out"))
     return parser
 
@@ -151,6 +153,14 @@ def _add_fedavg(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    search = parser.add_argument_group("a search, which makes a number of such runs that was drawn beforehand")
+    search.add_argument(
+        "--best-of", choices=("logarithmic", "geometric", "poisson"), help="how that number was drawn; none: no search"
+    )
+    search.add_argument("--mean", type=float, help="of that number")
+
+
 def _add_noise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--noise-multiplier", type=float, required=True, help="noise over clip; 0 means no privacy")
 
@@ -226,7 +236,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if budget is not None:
                 _check.positive(budget=budget)
+            distribution, mean = options.pop("best_of", None), options.pop("mean", None)
+            if (distribution is None) != (mean is None):
+                raise InvalidArgumentError(f"mean={mean} does not go with best_of={distribution}: give both, or none.")
             reports = _reports(command, options)
+            if distribution is not None:
+                reports = [best_of(report, distribution=distribution, mean=mean) for report in reports]
         except PrivacyError as error:
             sys.stderr.write(f"compute-epsilon: {with_option_names(str(error), names)}\n")
             return MISTAKE

@@ -133,6 +133,12 @@ def _account_to_text(account: Account, report: "Report") -> list[str]:
     if account.by_group_lemma:
         text = "from the figures for one example, by a lemma that holds for any mechanism: an upper bound."
         rows.append(("Of a user:", text))
+    if report.search is not None:
+        text = (
+            f"the best of a number of such runs, drawn beforehand: {report.search.distribution}, {report.search.mean:g} on "
+            "average; of the others nothing is shown."
+        )
+        rows.append(("A search:", text))
     for event in account.events:
         rows.append(("What ran:", f"{_sampling_in_words(event)}; {_noise_in_words(event)}."))
     rows.append(("Source:", f"{report.source}."))
@@ -162,9 +168,10 @@ def not_covered(report: "Report") -> list[str]:
         ]
     elif not report.notes:
         sentences.append("Releases without noise that the run did not record; it recorded none.")
-    sentences.append(
-        "A search for hyper-parameters on the same data: each run tried spends its own epsilon, and they add up."
-    )
+    if report.search is None:
+        sentences.append(
+            "A search for hyper-parameters on the same data: each run tried spends its own epsilon, and they add up."
+        )
     return sentences
 
 

@@ -6,10 +6,11 @@ import pytest
 from epsilon_helpers import DPSGD, FEDAVG, a_run, strict_json
 
 from tfprivacy_ft import statement
-from tfprivacy_ft.compute_epsilon import compose, compute_epsilon, dpftrl, dpsgd, fedavg, solve
+from tfprivacy_ft.compute_epsilon import best_of, compose, compute_epsilon, dpftrl, dpsgd, fedavg, solve
 from tfprivacy_ft.errors import InvalidArgumentError, LedgerError, UnsupportedEventError
 from tfprivacy_ft.events import Event
 from tfprivacy_ft.ledger import Ledger
+from tfprivacy_ft.search import BestOf
 from tfprivacy_ft.statement import figure
 
 
@@ -299,3 +300,16 @@ def test_trees_are_stated_as_what_they_are():
     )
     with pytest.raises(InvalidArgumentError, match="batch_size"):
         dpftrl(num_examples=1000, batch_size=1001, noise_multiplier=5.0, epochs=2, delta=1e-6)
+
+
+def test_a_search_is_stated_as_one(tmp_path):
+    one = compute_epsilon(a_run(tmp_path, [Event.poisson(count=500, noise_multiplier=2.0, sampling_probability=0.01)]))
+    searched = best_of(one, distribution="geometric", mean=10)
+    assert searched.epsilon == BestOf("geometric", 10).epsilon(one.accounts[0].events, one.delta) > one.epsilon
+    everyone = Event.unknown(count=500, noise_multiplier=2.0)
+    unamplified = BestOf("geometric", 10).epsilon(everyone, one.delta)
+    assert searched.accounts[0].epsilon_without_amplification == pytest.approx(unamplified)
+    text = " ".join(str(searched).split())
+    assert "the best of a number of such runs, drawn beforehand: geometric, 10 on average" in text
+    assert "By PLD: no bound is known" in text and "A search for hyper-parameters" not in text
+    assert strict_json(searched.to_json())["search"] == {"distribution": "geometric", "mean": 10}

@@ -100,6 +100,8 @@ def test_the_command_solves(capsys):
         (["dpsgd", *words(DPSGD, delta="2")], "--delta 2"),
         (["fedavg", *words(FEDAVG, clients_per_round=0)], "--clients-per-round 0"),
         (["run", "no/such/run"], "there is no ledger"),
+        (["dpsgd", *words(DPSGD), "--mean", "10"], "--mean 10.0 does not go with --best-of None"),
+        (["dpsgd", *words(DPSGD), "--best-of", "geometric", "--mean", "0.5"], "--mean 0.5 is not allowed"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_status_2(argv, said, capsys):
@@ -114,6 +116,11 @@ def test_a_large_delta_is_a_warning_on_stderr(capsys):
         assert main(["dpsgd", *words(DPSGD, delta=1e-4)]) == 0
     out, err = capsys.readouterr()
     assert "warning: --delta 0.0001 is not below 1/60000" in err and "epsilon" in out
+
+
+def test_a_search_is_accounted_for(capsys):
+    assert main(["dpsgd", *words(DPSGD), "--best-of", "poisson", "--mean", "10"]) == 0
+    assert "drawn beforehand: poisson, 10 on average" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("command", [[], ["dpsgd"], ["dpftrl"], ["fedavg"], ["run"], ["compose"], ["solve"]])
