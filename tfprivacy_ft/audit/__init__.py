@@ -14,7 +14,7 @@ _HOMES = {
     "p_value": "bounds",
 }
 
-__all__ = ["AuditResult", "Canaries", "epsilon_lower_bound", "p_value"]  # noqa: F822  # they load lazily
+__all__ = ["AuditResult", "Canaries", "epsilon_lower_bound", "p_value"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ it. Whoever guesses may know everything but the coins; how many guesses are made
 """
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from tfprivacy_ft import _check
 
@@ -46,9 +46,7 @@ def p_value(epsilon: float, *, num_canaries: int, guesses: int, correct: int, de
     return _p_value(epsilon, num_canaries, guesses, correct, delta)
 
 
-def epsilon_lower_bound(
-    num_canaries: int, guesses: int, correct: int, delta: float, confidence: float = 0.95
-) -> float:
+def epsilon_lower_bound(num_canaries: int, guesses: int, correct: int, delta: float, confidence: float = 0.95) -> float:
     """The largest epsilon that so many right guesses refute.
 
     Guarantees that it is above the true epsilon (at this delta) with probability at most 1 - confidence.
@@ -97,9 +95,9 @@ def _p_value(epsilon: float, num_canaries: int, guesses: int, correct: int, delt
     if correct == 0:
         return 1.0
     right = special.expit(epsilon)
-    at_least = stats.binom.sf(correct - 1, guesses, right)
+    at_least = special.bdtrc(correct - 1, guesses, right)  # P[W >= v]
     i = np.arange(1, correct + 1)
-    nearly = stats.binom.sf(correct - 1 - i, guesses, right)  # P[W >= v - i]
+    nearly = special.bdtrc(correct - 1 - i, guesses, right)  # P[W >= v - i]
     share = 2 * num_canaries * delta / i
     return float(min(np.max(np.maximum(1 - share, 0) * at_least + share * nearly), 1.0))
 

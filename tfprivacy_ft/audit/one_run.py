@@ -18,7 +18,7 @@ from tfprivacy_ft import _check
 from tfprivacy_ft.audit.bounds import epsilon_lower_bound
 from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedModelError
 from tfprivacy_ft.keras_compat import keras
-from tfprivacy_ft.sampling import PADDING, number_of_examples
+from tfprivacy_ft.sampling import PADDING, nested_arrays, number_of_examples
 from tfprivacy_ft.statement import figure
 
 if TYPE_CHECKING:
@@ -64,9 +64,12 @@ class AuditResult:
     def __str__(self) -> str:
         bound, ceiling = (math.floor(value * 1000) / 1000 for value in (self.epsilon_lower_bound, self.ceiling))
         if not self.holds:
-            verdict = "The report is contradicted: clipping, noise, sampling or accounts are not what they say."
+            verdict = (
+                "The report is contradicted: clipping, noise, sampling or accounts are not what they say, or this is the "
+                f"one audit in {1 / (1 - self.confidence):.4g} that errs."
+            )
         elif self.ceiling <= self.reported_epsilon:
-            verdict = "So few guesses could not have contradicted the report at all: take more canaries or guesses."
+            verdict = "The report is not contradicted, and so few guesses could not have done it: this proves nothing."
         else:
             verdict = "The report is not contradicted, which proves nothing: another attack may find more."
         return (
@@ -83,8 +86,8 @@ class Canaries:
 
     Guarantees of the result hold whatever the optimizer, the model and the attack: only the coins count, which are fair,
     independent, of the operating system's randomness, and new in every object. The bound is best for SGD, where a
-    canary's weight moves by just what was released of it. The model's own weights get no gradient from canaries, which
-    only take part in batches.
+    canary's weight moves by just what was released of it. The loss on a canary has weight 0, so that the model's own
+    weights do not feel it; only the expected batch is shared with canaries.
 
     Args:
       model: a Keras model, not compiled; the training changes its weights. A `train_step` of its own is refused.
@@ -137,18 +140,21 @@ class Canaries:
         self.num_canaries, self.num_examples = num_canaries, size + num_canaries
         self.included = np.random.default_rng().random(num_canaries) < 0.5  # keyed from the operating system
 
-        def extended(array: Any) -> np.ndarray:
-            # Canaries look like the first example, so that the model can be run on them; their weights hide it.
-            array = np.asarray(array)
-            return np.concatenate([array, *[array[:rows_per_example]] * num_canaries])
+        rows = num_canaries * rows_per_example
+        included = np.repeat(self.included, rows_per_example)
 
-        number = np.where(self.included, np.arange(1, num_canaries + 1), 0)
-        canary = np.concatenate([np.zeros(size, np.int32), number.astype(np.int32)])
-        self._x = {"rows": _map(extended, x), "canary": np.repeat(canary, rows_per_example)}
-        self._y = _map(extended, y)
+        def extended(array: np.ndarray) -> np.ndarray:
+            # Canaries look like the first example, so that the model can be run on them; their weights hide it.
+            return np.concatenate([array, np.resize(array[:rows_per_example], (rows, *array.shape[1:]))])
+
+        x, y = tf.nest.map_structure(extended, (nested_arrays(x), nested_arrays(y)))
+        numbers = np.where(included, np.arange(rows) // rows_per_example + 1, 0)
+        numbers = np.concatenate([np.zeros(size * rows_per_example), numbers]).astype(np.int32)
+        self._x, self._y = {"rows": x, "canary": numbers}, y
         own = np.ones(size * rows_per_example) if sample_weight is None else np.asarray(sample_weight)
-        hidden = np.repeat(np.where(self.included, 0.0, PADDING), rows_per_example)
-        self._sample_weight = np.concatenate([own, hidden]).astype(np.float32)
+        hidden = np.full((rows, *own.shape[1:]), PADDING, np.float32)
+        hidden[included] = 0.0
+        self._sample_weight = np.concatenate([own.astype(np.float32), hidden])
         self.model = _WithCanaries(model, num_canaries)
 
     def batches(self, plan: "PrivacyPlan", *, pad_to: int | None = None) -> Any:
@@ -186,9 +192,7 @@ class Canaries:
         out, into = np.split(order[self._guessed()], [self.guesses // 2])
         correct = int(np.sum(~self.included[out]) + np.sum(self.included[into]))
         bound = epsilon_lower_bound(self.num_canaries, self.guesses, correct, report.delta, confidence)
-        return AuditResult(
-            bound, report.epsilon, report.delta, self.num_canaries, self.guesses, correct, confidence
-        )  # fmt: skip
+        return AuditResult(bound, report.epsilon, report.delta, self.num_canaries, self.guesses, correct, confidence)
 
     def _guessed(self) -> np.ndarray:
         """Places, among the canaries in order of their scores, of those guessed at: lowest ones and highest ones."""
@@ -201,10 +205,7 @@ class _CanaryLoss(keras.layers.Layer):
 
     def __init__(self, count: int):
         super().__init__(dtype="float32", name="canaries")
-        self._count = count
-
-    def build(self, input_shape):
-        self.table = self.add_weight(shape=(self._count, 1), initializer="zeros", name="table")
+        self.table = self.add_weight(shape=(count, 1), initializer="zeros", name="table")
 
     def call(self, canary):
         weights = tf.gather(self.table, tf.maximum(canary - 1, 0))[:, 0]
@@ -219,7 +220,6 @@ class _WithCanaries(keras.Model):
     def __init__(self, model: Any, count: int):
         super().__init__(name="with_canaries")
         self._model, self._canaries = model, _CanaryLoss(count)
-        self._canaries.build(None)
 
     def call(self, inputs, training=None):
         self._canaries(inputs["canary"])
@@ -239,12 +239,3 @@ def _refuse_own_training(model: Any) -> None:
                 f"{type(model).__name__} has a {name} of its own, which the audited training would not run: give a model that "
                 "Keras trains."
             )
-
-
-def _map(function: Any, part: Any) -> Any:
-    """`function` of each array of a tuple, list or dictionary; a list of numbers is one array."""
-    if isinstance(part, dict):
-        return {name: _map(function, value) for name, value in part.items()}
-    if isinstance(part, tuple) or (isinstance(part, list) and part and all(hasattr(p, "shape") for p in part)):
-        return tuple(_map(function, p) for p in part)
-    return function(part)
