@@ -86,7 +86,8 @@ class Canaries:
 
     Guarantees of the result hold whatever the optimizer, the model and the attack: only the coins count, which are fair,
     independent, of the operating system's randomness, and new in every object. The bound is best for SGD, where a
-    canary's weight moves by just what was released of it. The loss on a canary has weight 0, so that the model's own
+    canary's weight moves by just what was released of it; under `PerLayer()` a canary has its layer's share of the clip
+    only, and the bound is weaker. The loss on a canary has weight 0, so that the model's own
     weights do not feel it; only the expected batch is shared with canaries.
 
     Args:
