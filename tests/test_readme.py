@@ -11,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-QUICKSTART, FEDERATED = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+QUICKSTART, FEDERATED, AUDIT = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
 def _run(code, folder):
@@ -45,6 +45,16 @@ def test_the_federated_example_spends_what_the_readme_says(tmp_path):
     epsilon = re.search(r"^epsilon = (\S+) at delta = 0\.0001 for one client", printed, re.MULTILINE)
     assert epsilon and f"end in epsilon {epsilon[1]} for one client" in README
     assert (tmp_path / "runs" / "federated" / "model.keras").exists()
+
+
+@pytest.mark.slow
+def test_the_audit_finds_nothing_wrong(tmp_path):
+    """595 of 600 guesses would have to be right, where about 505 are: by the binomial tail once in 10^36."""
+    printed = _run(AUDIT, tmp_path)
+    assert re.search(
+        r"^epsilon >= \d\S* at delta = 1e-05, with 0\.95 confidence; reported: 4\.$", printed, re.MULTILINE
+    )
+    assert "The report is not contradicted, which proves nothing" in printed
 
 
 def test_links_lead_somewhere():

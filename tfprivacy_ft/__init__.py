@@ -30,7 +30,7 @@ _HOMES = {
     "BestOf": "search",
     "poisson_batches": "sampling",
 }
-_MODULES = ("accounting", "clipping", "compute_epsilon", "datasets", "errors", "events", "ledger", "models")
+_MODULES = ("accounting", "audit", "clipping", "compute_epsilon", "datasets", "errors", "events", "ledger", "models")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 

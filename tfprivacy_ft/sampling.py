@@ -122,7 +122,7 @@ def poisson_batches(
     weights = (
         np.ones(size * rows_per_example, np.float32) if sample_weight is None else np.asarray(sample_weight, np.float32)
     )
-    arrays = tf.nest.map_structure(np.asarray, (_structure(x), _structure(y)))
+    arrays = tf.nest.map_structure(np.asarray, (nested_arrays(x), nested_arrays(y)))
     _check.positive(batch_size=batch_size)
     _check.at_most("the number of examples", size, batch_size=batch_size)
     steps = math.ceil(size / batch_size) if steps is None else steps
@@ -182,7 +182,7 @@ def number_of_examples(x: Any, y: Any, sample_weight: Any = None, *, rows_per_ex
     if x is None or y is None:
         raise DatasetError("x or y is None: give arrays for both (an autoencoder's labels are its inputs).")
     weights = () if sample_weight is None else np.asarray(sample_weight)
-    parts = tf.nest.map_structure(_length, (_structure(x), _structure(y), weights))
+    parts = tf.nest.map_structure(_length, (nested_arrays(x), nested_arrays(y), weights))
     lengths = set(tf.nest.flatten(parts))
     if len(lengths) != 1:
         raise DatasetError(f"x, y and sample_weight hold {sorted(lengths)} examples: give the same number in each.")
@@ -197,12 +197,12 @@ def number_of_examples(x: Any, y: Any, sample_weight: Any = None, *, rows_per_ex
     return size // rows_per_example
 
 
-def _structure(part: Any) -> Any:
-    """Lists of arrays as tuples of arrays; a plain list of numbers is one array."""
+def nested_arrays(part: Any) -> Any:
+    """Data as arrays in tuples and dictionaries: lists of arrays become tuples, a plain list of numbers one array."""
     if isinstance(part, dict):
-        return {name: _structure(value) for name, value in part.items()}
+        return {name: nested_arrays(value) for name, value in part.items()}
     if isinstance(part, tuple) or (isinstance(part, list) and part and all(hasattr(p, "shape") for p in part)):
-        return tuple(_structure(p) for p in part)
+        return tuple(nested_arrays(p) for p in part)
     return np.asarray(part)
 
 
