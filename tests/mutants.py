@@ -26,6 +26,7 @@ UNITS = "tests/tfprivacy_ft/clipping/test_units.py"
 ACCUMULATION = "tests/tfprivacy_ft/test_accumulation.py"
 MOVING = "tests/tfprivacy_ft/test_moving_clip.py"
 NOISE = "tests/tfprivacy_ft/test_noise.py"
+ACCOUNTING = "tests/tfprivacy_ft/test_accounting.py"
 
 
 class Mutant(NamedTuple):
@@ -383,7 +384,7 @@ MUTANTS = (
         "accounting.py",
         'return _Release("fixed", noise / 2,',
         'return _Release("fixed", noise,',
-        "tests/tfprivacy_ft/test_accounting.py",
+        ACCOUNTING,
         "golden or fixed",
     ),
     Mutant(
@@ -391,7 +392,7 @@ MUTANTS = (
         "accounting.py",
         "return self.noise_multiplier / self.group",
         "return self.noise_multiplier",
-        "tests/tfprivacy_ft/test_accounting.py",
+        ACCOUNTING,
         "a_user",
     ),
     Mutant(
@@ -509,6 +510,70 @@ MUTANTS = (
         "batch.votes",
         MOVING,
         "count_is_noisy",
+    ),
+    Mutant(
+        "a tree with a level too few",
+        "events.py",
+        "return self.leaves_per_tree.bit_length()",
+        "return max(1, self.leaves_per_tree.bit_length() - 1)",
+        ACCOUNTING,
+        "tree",
+    ),
+    Mutant(
+        "pure epsilons amplified as small ones are",
+        "pure.py",
+        "math.log1p(probability * math.expm1(epsilon))",
+        "math.log1p(probability * epsilon)",
+        ACCOUNTING,
+        "pure",
+    ),
+    Mutant(
+        "a user's pure epsilon that of one example",
+        "accounting.py",
+        "return self.group * pure.amplified_epsilon(of_one",
+        "return pure.amplified_epsilon(of_one",
+        ACCOUNTING,
+        "pure",
+    ),
+    Mutant(
+        "Gaussian noise reserved, Laplace noise settled",
+        "ledger.py",
+        "if any((one.mechanism, one.leaves_per_tree) != (event.mechanism, event.leaves_per_tree) for one in reserved):",
+        "if False:",
+        "tests/tfprivacy_ft/test_ledger.py",
+        "not_reserved",
+    ),
+    Mutant(
+        "held-out figures that are no release",
+        "ledger.py",
+        "self.note(EVALUATION.kind, EVALUATION.text)",
+        "pass",
+        "tests/tfprivacy_ft/test_ledger.py",
+        "figures",
+    ),
+    Mutant(
+        "gradient norms that are no release",
+        "plan.py",
+        "self._ledger.note(GRADIENT_NORMS.kind, GRADIENT_NORMS.text)",
+        "pass",
+        "tests/tfprivacy_ft/test_gradient_norms.py",
+        "asked",
+    ),
+    Mutant(
+        "an audit that forgets delta",
+        "audit/bounds.py",
+        "share = 2 * num_canaries * delta / i",
+        "share = 0.0 / i",
+        "tests/tfprivacy_ft/audit/test_bounds.py",
+        "",
+    ),
+    Mutant(
+        "canaries that are never in the data",
+        "audit/one_run.py",
+        "hidden[included] = 0.0",
+        "hidden[included] = PADDING",
+        "tests/tfprivacy_ft/audit/test_one_run.py",
+        "fifth or bound or epsilon",
     ),
 )
 

@@ -75,6 +75,8 @@ def test_nothing_that_ran_no_time_is_listed(book):
         (Event.poisson(count=1, noise_multiplier=1.1, sampling_probability=0.001, population=1000), "sampler"),
         (Event.fixed(count=1, noise_multiplier=1.1, cohort_size=1, population=1000, unit="example"), "sampler"),
         (Event.unknown(count=1, noise_multiplier=1.1, unit="client"), "unit"),
+        (Event.unknown(count=1, noise_multiplier=1.1, mechanism="laplace"), "mechanism"),
+        (Event.tree(trees=1, leaves_per_tree=1, noise_multiplier=1.1), "leaves_per_tree"),
         ("an event", "event"),
     ],
 )
