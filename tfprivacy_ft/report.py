@@ -89,8 +89,9 @@ class Run:
     def target_epsilon(self) -> float | None:
         """The run's budget, if it recorded one."""
         target = self.contents.facts.get("target_epsilon")
-        is_number = isinstance(target, Real) and not isinstance(target, bool)
-        return float(target) if is_number and 0 < target < math.inf else None
+        if not isinstance(target, Real) or isinstance(target, bool) or not 0 < target < math.inf:
+            return None
+        return float(target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,14 +227,14 @@ def write_report(
       LedgerDamagedError: a ledger is damaged. Both files are written all the same, and show which.
       LedgerError: as in `gather`; nothing is written.
     """
-    run_dirs = [pathlib.Path(path) for path in run_dirs]
-    page = pathlib.Path(output) if output is not None else _default_output(run_dirs)
+    paths = [pathlib.Path(path) for path in run_dirs]
+    page = pathlib.Path(output) if output is not None else _default_output(paths)
     if page.suffix.lower() not in (".html", ".htm"):
         raise InvalidArgumentError(f"output={str(page)!r} is not allowed: give a name that ends in .html.")
     data = page.with_suffix(".json")
     for file in (page, data):
         _refuse_foreign(file)
-    report = gather(run_dirs, delta=delta, figure=figure, progress=progress)
+    report = gather(paths, delta=delta, figure=figure, progress=progress)
     _write(page, report.to_html())
     _write(data, report.to_json() + "\n")
     if report.damaged:
@@ -359,10 +360,15 @@ def _lines(
     points: dict[tuple[str, str], list[Point]] = {}
     for i, state in enumerate(states):
         for account in accounting.accounts(state.events, delta):
-            # Before the first release nothing was spent; a line that another relation's goes on in begins where it does.
-            start = [Point(contents.started or "", 0, 0.0)] if i == 0 else []
-            line = points.setdefault((account.unit, account.relation), start)
-            line.append(Point(state.time, account.releases, account.epsilon, state.figure))
+            key = account.unit, account.relation
+            if key not in points:
+                # Before the first release nothing was spent. What was spent for adding or removing one holds for zeroing out,
+                # too, so a line for zero-out goes on where that one ended; others begin where they do.
+                start = [Point(contents.started or "", 0, 0.0)] if i == 0 else []
+                before = points.get((account.unit, "add_or_remove_one"), [])[-1:]
+                goes_on = [dataclasses.replace(point, figure=None) for point in before]
+                points[key] = goes_on if goes_on and account.relation == "zero_out" else start
+            points[key].append(Point(state.time, account.releases, account.epsilon, state.figure))
         tick()
     return tuple(Line(unit, relation, tuple(line)) for (unit, relation), line in points.items())
 
@@ -400,7 +406,8 @@ def _run_to_dict(run: Run) -> dict[str, Any]:
             if moment.gradient_norms is not None
         ],
         "ledger": {
-            name: getattr(contents, name) for name in ("records", "openings", "unsettled", "started", "written", "software")
+            name: getattr(contents, name)
+            for name in ("records", "openings", "unsettled", "started", "written", "software")
         },
     }
 

@@ -225,10 +225,11 @@ def _accuracy_plot(runs: Sequence[Run]) -> _Plot | None:
             ]
     if not shown:
         return None
-    title = "Held-out figure against epsilon"
+    what = "accuracy" if all("accuracy" in str(run.figure) for run, _ in shown) else "held-out figure"
+    title = f"{what.capitalize()} against epsilon"
     return _Plot(
         title=title,
-        svg=_lines_svg(series, "accuracy", title, x="epsilon", y="held-out figure"),
+        svg=_lines_svg(series, "accuracy", title, x="epsilon", y=what),
         series=tuple(series),
         head=("run", "epsilon", "figure", "its name", "protects"),
         rows=tuple(rows),
@@ -252,6 +253,12 @@ def _caveats(shown: Sequence[tuple[Run, Line]], runs: Sequence[Run]) -> list[str
     without = [run.name for run in runs if run not in [one for one, _ in shown]]
     if without:
         caveats.append(f"No such figure was recorded by {', '.join(without)}.")
+    went_on = [run.name for run, _ in shown if any(line.points[-1].figure is None for line in run.lines)]
+    if went_on:
+        names = ", ".join(dict.fromkeys(went_on))
+        caveats.append(
+            f"More was released after the last figure of {names}: the epsilon here is that of the figure's moment."
+        )
     if any(math.isinf(point.epsilon) for _, line in shown for point in line.points):
         caveats.append("What has an infinite epsilon stands in the table only.")
     return caveats
@@ -285,7 +292,14 @@ def _norm_plots(run: Run, name: str) -> list[_Plot]:
     looks = tuple(float(i + 1) for i in range(len(norms)))
     share = _Plot(
         title=title,
-        svg=_lines_svg([_Series("", looks, tuple(shares), "example", 0)], f"{name}-share", title, x="look", y="share"),
+        svg=_lines_svg(
+            [_Series("", looks, tuple(shares), "example", 0)],
+            f"{name}-share",
+            title,
+            x="look",
+            y="share",
+            from_zero=True,
+        ),
         series=(),
         head=("time", "clipped", "examples", "share"),
         rows=tuple(
@@ -343,7 +357,9 @@ def _lines_svg(
             marker=_MARKERS.get(one.unit, "o"), markersize=3 if len(one.x) > 1 else 6,
         )  # fmt: skip
         if one.x:
-            axes.plot(one.x[-1:], one.y[-1:], color=_sentinel(one.index), marker=_MARKERS.get(one.unit, "o"), markersize=6)
+            axes.plot(
+                one.x[-1:], one.y[-1:], color=_sentinel(one.index), marker=_MARKERS.get(one.unit, "o"), markersize=6
+            )
     if limit is not None:
         axes.axhline(limit, color=_LIMIT, linewidth=1.2, dashes=(4, 3))
     axes.set_xlim(left=0)
@@ -390,5 +406,6 @@ def _svg(figure: "Figure", name: str, title: str) -> "Markup":
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     _, _, rest = text.partition(">")
     size = re.search(r'viewBox="[^"]*"', text)
+    # Nothing of a ledger is in it: titles and labels are this module's own words, ticks are numbers.
     opening = f'<svg {size[0] if size else ""} role="img" aria-labelledby="{name}-title"><title id="{name}-title">'
-    return Markup(f"{opening}{escape(title)}</title>{rest}")  # noqa: S704 - nothing of a ledger is in it
+    return Markup(f"{opening}{escape(title)}</title>{rest}")
