@@ -13,7 +13,6 @@ import os
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Real
 from typing import Any
 
 import tfprivacy_ft
@@ -89,7 +88,7 @@ class Run:
     def target_epsilon(self) -> float | None:
         """The run's budget, if it recorded one."""
         target = self.contents.facts.get("target_epsilon")
-        if not isinstance(target, Real) or isinstance(target, bool) or not 0 < target < math.inf:
+        if not isinstance(target, int | float) or isinstance(target, bool) or not 0 < target < math.inf:
             return None
         return float(target)
 
@@ -311,8 +310,10 @@ def _states(contents: ledger.LedgerContents, figure: str | None) -> list[_State]
 
 def _thinned(states: list[_State]) -> list[_State]:
     """At most `_MOST_POINTS` of them, spread over the run, those with a figure first; the ends are always there."""
+    if not states:
+        return []
     with_figure = [i for i, state in enumerate(states) if state.figure is not None]
-    kept = set(_spread(with_figure, _MOST_POINTS - 2)) | {i for i in (0, len(states) - 1) if i >= 0}
+    kept = set(_spread(with_figure, _MOST_POINTS - 2)) | {0, len(states) - 1}
     kept |= set(_spread(range(len(states)), max(_MOST_POINTS - len(kept), 2)))
     return [states[i] for i in sorted(kept)]
 
@@ -358,13 +359,14 @@ def _lines(
     contents: ledger.LedgerContents, states: Sequence[_State], delta: float, tick: Callable[[], None]
 ) -> tuple[Line, ...]:
     points: dict[tuple[str, str], list[Point]] = {}
-    for i, state in enumerate(states):
+    for state in states:
         for account in accounting.accounts(state.events, delta):
             key = account.unit, account.relation
             if key not in points:
-                # Before the first release nothing was spent. What was spent for adding or removing one holds for zeroing out,
-                # too, so a line for zero-out goes on where that one ended; others begin where they do.
-                start = [Point(contents.started or "", 0, 0.0)] if i == 0 else []
+                # Before the first release on a unit nothing was spent. What was spent for adding or removing one holds for
+                # zeroing out, too, so a line for zero-out goes on where that one ended; others begin where they do.
+                is_first = all(unit != account.unit for unit, _ in points)
+                start = [Point(contents.started or "", 0, 0.0)] if is_first else []
                 before = points.get((account.unit, "add_or_remove_one"), [])[-1:]
                 goes_on = [dataclasses.replace(point, figure=None) for point in before]
                 points[key] = goes_on if goes_on and account.relation == "zero_out" else start

@@ -41,6 +41,7 @@ class _Series:
       x, y: finite numbers; what is infinite cannot be drawn, and stands in the table.
       unit: who its epsilon protects; chooses the marker.
       index: chooses colour and dashes.
+      ends: whether the last of the numbers is where the run ended, and is marked.
     """
 
     label: str
@@ -48,6 +49,7 @@ class _Series:
     y: tuple[float, ...]
     unit: str
     index: int
+    ends: bool = True
 
     @property
     def colour(self) -> str:
@@ -178,9 +180,12 @@ def _epsilon_plot(run: Run, name: str) -> _Plot:
     series, rows, is_infinite = [], [], False
     for i, line in enumerate(run.lines):
         drawn = [point for point in line.points if math.isfinite(point.epsilon)]
-        is_infinite |= len(drawn) < len(line.points)
+        ends = len(drawn) == len(line.points)
+        is_infinite |= not ends
+        if not any(point.releases for point in drawn):
+            drawn = []  # the origin alone would look like an epsilon of 0
         xs, ys = tuple(float(point.releases) for point in drawn), tuple(point.epsilon for point in drawn)
-        series.append(_Series(_protects(line), xs, ys, line.unit, i))
+        series.append(_Series(_protects(line), xs, ys, line.unit, i, ends))
         rows += [
             (f"{point.releases:,}", statement.figure(point.epsilon), _protects(line), _time(point.time))
             for point in line.points
@@ -218,7 +223,7 @@ def _accuracy_plot(runs: Sequence[Run]) -> _Plot | None:
                 f"{run.name}: {run.figure} {_number(last.figure)} at epsilon {statement.figure(last.epsilon)}, delta "
                 f"{run.report.delta:g} for {_protects(line)}"
             )
-            series.append(_Series(label, xs, ys, line.unit, len(series)))
+            series.append(_Series(label, xs, ys, line.unit, len(series), math.isfinite(last.epsilon)))
             rows += [
                 (run.name, statement.figure(point.epsilon), _number(point.figure), str(run.figure), _protects(line))
                 for point in seen
@@ -318,9 +323,10 @@ def _key(series: _Series) -> str:
 def _new_figure() -> tuple["Figure", Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.8, 2.9), layout="constrained")
+    figure = Figure(figsize=(4.8, 2.9))
     figure.patch.set_alpha(0)
     axes = figure.subplots()
+    figure.subplots_adjust(left=0.125, right=0.985, bottom=0.165, top=0.965)  # room for the labels
     axes.patch.set_alpha(0)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -351,12 +357,11 @@ def _lines_svg(
         return None
     figure, axes = _new_figure()
     for one in series:
-        # A marker at every point hides a long line; the last one is where the run ended.
         axes.plot(
             one.x, one.y, color=_sentinel(one.index), linewidth=1.8, dashes=one.dashes or (None, None),
             marker=_MARKERS.get(one.unit, "o"), markersize=3 if len(one.x) > 1 else 6,
         )  # fmt: skip
-        if one.x:
+        if one.x and one.ends:
             axes.plot(
                 one.x[-1:], one.y[-1:], color=_sentinel(one.index), marker=_MARKERS.get(one.unit, "o"), markersize=6
             )
