@@ -328,21 +328,21 @@ def _new_figure() -> tuple["Figure", Any]:
     figure = Figure(figsize=(4.8, 2.9))
     figure.patch.set_alpha(0)
     axes = figure.subplots()
-    figure.subplots_adjust(left=0.125, right=0.985, bottom=0.165, top=0.965)  # room for the labels
+    figure.subplots_adjust(left=0.15, right=0.98, bottom=0.19, top=0.965)  # room for the labels
     axes.patch.set_alpha(0)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(_FAINT)
-    axes.tick_params(colors=_INK, labelsize=9, length=3)
+    axes.tick_params(colors=_INK, labelsize=11, length=3)
     axes.grid(axis="y", color=_FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     return figure, axes
 
 
 def _label(axes: Any, x: str, y: str) -> None:
-    axes.set_xlabel(x, color=_INK, fontsize=9.5)
-    axes.set_ylabel(y, color=_INK, fontsize=9.5)
+    axes.set_xlabel(x, color=_INK, fontsize=11.5)
+    axes.set_ylabel(y, color=_INK, fontsize=11.5)
 
 
 def _lines_svg(
