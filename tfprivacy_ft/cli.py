@@ -25,6 +25,10 @@ examples:
 
   With less privacy spent, in another folder:
     tfprivacy-ft demo --target-epsilon 1 --run-dir runs/epsilon_1
+
+  A page on one run, written into its folder, and one that sets runs side by side:
+    tfprivacy-ft report runs/demo/001/private
+    tfprivacy-ft report runs/head runs/all --output report.html
 """
 
 
@@ -65,8 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {tfprivacy_ft.__version__}")
     add_completion(parser)
-    commands = parser.add_subparsers(required=True, metavar="{demo}")
+    commands = parser.add_subparsers(required=True, metavar="{demo,report}")
     _add_demo(commands)
+    _add_report(commands)
     return parser
 
 
@@ -96,6 +101,41 @@ def _demo(**options: Any) -> None:
     from federated import demo
 
     demo.run_demo(demo.DemoSettings.from_options(**options))
+
+
+def _add_report(commands: Any) -> None:
+    text = "one page on the privacy that runs spent, from their ledgers, and the same as JSON"
+    epilog = (
+        "The page loads nothing and runs no script. A damaged ledger is shown as such, without an epsilon, and the exit code "
+        "then is 2."
+    )
+    parser = commands.add_parser("report", help=text, description=f"Writes {text}.", epilog=epilog, allow_abbrev=False)
+    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="the folder of a run, or its ledger file")
+    parser.add_argument(
+        "--output",
+        help="the page, a name that ends in .html; the JSON lies beside it (default: privacy_report.html in the run's "
+        "folder, or in the current one for several runs)",
+    )
+    parser.add_argument(
+        "--figure", help="held-out figure to set against epsilon (default: the first of each run that is an accuracy)"
+    )
+    parser.add_argument("--delta", type=float, help="in (0, 1); default: the one that each run recorded")
+    parser.set_defaults(run=_report)
+
+
+def _report(run_dirs: Sequence[str], **options: Any) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from tfprivacy_ft import report
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("accounting", total=None)
+        path = report.write_report(
+            run_dirs, progress=lambda done, total: bar.update(task, completed=done, total=total), **options
+        )
+    sys.stdout.write(f"{path}\n")
 
 
 @contextmanager

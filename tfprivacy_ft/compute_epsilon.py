@@ -121,12 +121,14 @@ _CSV_FIELDS = (
 
 
 def compute_epsilon(
-    source: str | os.PathLike[str] | ledger.Ledger | Event | Iterable[Event], *, delta: float | None = None
+    source: str | os.PathLike[str] | ledger.LedgerContents | ledger.Ledger | Event | Iterable[Event],
+    *,
+    delta: float | None = None,
 ) -> Report:
     """The privacy spent by a run, or by a list of events.
 
     Args:
-      source: a run's folder, its ledger file, its open ledger, or events.
+      source: a run's folder, its ledger file, what `ledger.read` read of it, its open ledger, or events.
       delta: in (0, 1); None takes the one that the run recorded.
 
     Returns:
@@ -141,8 +143,8 @@ def compute_epsilon(
       >>> round(report.epsilon, 6)
       4.377178
     """
-    if isinstance(source, str | os.PathLike):
-        contents = ledger.read(source)
+    if isinstance(source, str | os.PathLike | ledger.LedgerContents):
+        contents = source if isinstance(source, ledger.LedgerContents) else ledger.read(source)
         where = f"recorded by the run in {contents.path}"
         return _report(
             contents.events, delta, contents.delta, where, notes=contents.notes, facts=contents.facts,

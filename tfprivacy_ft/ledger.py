@@ -140,6 +140,8 @@ class LedgerContents:
       unsettled: how many reservations were never settled.
       openings: how often the ledger was opened for writing.
       records: how many records it holds.
+      started: time of the first of them, as in `Moment`; None where there are none.
+      written: time of the last.
       software: versions of what wrote it last, by name.
       trained: what was trained, in the order in which it changed.
       history: the run's way, oldest first.
@@ -153,6 +155,8 @@ class LedgerContents:
     unsettled: int
     openings: int
     records: int
+    started: str | None
+    written: str | None
     software: dict[str, str]
     trained: tuple[Trained, ...]
     history: tuple[Moment, ...]
@@ -192,6 +196,8 @@ def read(path: str | os.PathLike[str]) -> LedgerContents:
         unsettled=len(state.outstanding),
         openings=state.openings,
         records=state.records,
+        started=state.started,
+        written=state.written,
         software=dict(state.software),
         trained=tuple(state.trained),
         history=tuple(state.history),
@@ -463,6 +469,8 @@ class _State:
         self.notes: list[Note] = []
         self.outstanding: dict[int, Event] = {}
         self.openings = 0
+        self.started: str | None = None
+        self.written: str | None = None
         self.software: dict[str, str] = {}
         self.trained: list[Trained] = []
         self.history: list[Moment] = []
@@ -493,6 +501,7 @@ class _State:
         else:
             raise ValueError(f"kind {kind!r} is unknown")
         self.records += 1
+        self.started, self.written = self.started or record["time"], record["time"]
         self.last_hash = _hash(line)
         self._events = None
         if kind in ("settle", "figures", "gradient norms"):

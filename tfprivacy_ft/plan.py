@@ -290,6 +290,9 @@ class PrivacyPlan:
     def callbacks(self, run_dir: str | os.PathLike[str] | None = None) -> list[Any]:
         """Callbacks for `fit`: the ledger in `run_dir`, epsilon in the progress bar and History, a stop at the budget.
 
+        Keras calls callbacks in their order, so what writes logs down comes after these:
+        `callbacks=[*plan.callbacks("runs/one"), tf.keras.callbacks.TensorBoard("logs")]` shows epsilon, too.
+
         Args:
           run_dir: the run's folder; a ledger that is there is continued. None keeps the ledger in memory.
 

@@ -13,7 +13,21 @@ from tfprivacy_ft.events import Event
 if TYPE_CHECKING:
     from tfprivacy_ft.compute_epsilon import Report
 
-__all__ = ["against", "figure", "not_covered", "statement"]
+__all__ = [
+    "NOTHING_RELEASED",
+    "SIDE_BY_SIDE",
+    "against",
+    "figure",
+    "headline",
+    "not_covered",
+    "rows",
+    "sampling_rate",
+    "statement",
+    "unsettled",
+]
+
+NOTHING_RELEASED = "epsilon = 0: nothing was released."
+SIDE_BY_SIDE = "Several units or relations: the figures stand side by side and do not add up."
 
 _WIDTH = 100
 
@@ -51,7 +65,7 @@ def _protected(account: Account) -> str:
 
 def _row(label: str, text: str) -> str:
     indent = " " * 20
-    return textwrap.fill(text, _WIDTH, initial_indent=f"  {label:<18}", subsequent_indent=indent)
+    return textwrap.fill(text, _WIDTH, initial_indent=f"  {label + ':':<18}", subsequent_indent=indent)
 
 
 def _bullet(text: str) -> str:
@@ -91,7 +105,17 @@ def _noise_in_words(event: Event) -> str:
     return f"noise multiplier {event.noise_multiplier:g}"
 
 
-def _headline(account: Account) -> str:
+def sampling_rate(event: Event) -> str:
+    """How much of the data one release saw: a probability, a size, or, without sampling, how often one unit took part."""
+    if event.sampler == "poisson":
+        return f"q = {event.sampling_probability:.4g}"
+    if event.sampler == "fixed":
+        return f"{event.cohort_size:,} of {event.population:,}"
+    return f"each at most {event.participations:,} times"
+
+
+def headline(account: Account) -> str:
+    """The one sentence to quote."""
     if math.isinf(account.epsilon):
         return (
             f"epsilon is infinite for {_protected(account)}: something was released without noise, so there is "
@@ -112,37 +136,49 @@ def _meaning(account: Account) -> str:
     )
 
 
-def _account_to_text(account: Account, report: "Report") -> list[str]:
+def rows(account: Account, report: "Report") -> list[tuple[str, str]]:
+    """The statement on one account, as pairs of a label and what it says.
+
+    Args:
+      account: what was spent.
+      report: that it is one of.
+    """
     at = f"at delta = {account.delta:g}"
     pld = "no bound is known" if account.epsilon_pld is None else f"epsilon = {figure(account.epsilon_pld)} {at}"
-    rows = [
-        ("Who is protected:", f"{_protected(account)}."),
-        ("Against what:", _meaning(account)),
-        ("By PLD:", pld),
-        ("By RDP:", f"epsilon = {figure(account.epsilon_rdp)} {at}"),
-        (
-            "Not amplified:",
-            f"epsilon = {figure(account.epsilon_without_amplification)} if the sampling is not believed",
-        ),
+    pairs = [
+        ("Who is protected", f"{_protected(account)}."),
+        ("Against what", _meaning(account)),
+        ("By PLD", pld),
+        ("By RDP", f"epsilon = {figure(account.epsilon_rdp)} {at}"),
+        ("Not amplified", f"epsilon = {figure(account.epsilon_without_amplification)} if the sampling is not believed"),
     ]
     if account.epsilon_replace_one is not None:
         replaced = figure(account.epsilon_replace_one)
-        rows.append(("If replaced:", f"epsilon = {replaced} against replacing one {account.unit} by any other"))
+        pairs.append(("If replaced", f"epsilon = {replaced} against replacing one {account.unit} by any other"))
     if account.epsilon_pure is not None:
-        rows.append(("By pure DP:", f"epsilon = {figure(account.epsilon_pure)} at delta = 0"))
+        pairs.append(("By pure DP", f"epsilon = {figure(account.epsilon_pure)} at delta = 0"))
     if account.by_group_lemma:
         text = "from the figures for one example, by a lemma that holds for any mechanism: an upper bound."
-        rows.append(("Of a user:", text))
+        pairs.append(("Of a user", text))
     if report.search is not None:
         text = (
             f"the best of a number of such runs, drawn beforehand: {report.search.distribution}, {report.search.mean:g} on "
             "average; of the others nothing is shown."
         )
-        rows.append(("A search:", text))
+        pairs.append(("A search", text))
     for event in account.events:
-        rows.append(("What ran:", f"{_sampling_in_words(event)}; {_noise_in_words(event)}."))
-    rows.append(("Source:", f"{report.source}."))
-    return [textwrap.fill(_headline(account), _WIDTH), *(_row(label, text) for label, text in rows)]
+        pairs.append(("What ran", f"{_sampling_in_words(event)}; {_noise_in_words(event)}."))
+    pairs.append(("Source", f"{report.source}."))
+    return pairs
+
+
+def _account_to_text(account: Account, report: "Report") -> list[str]:
+    return [textwrap.fill(headline(account), _WIDTH), *(_row(label, text) for label, text in rows(account, report))]
+
+
+def unsettled(report: "Report") -> str:
+    """That reservations may not have run to the end."""
+    return f"Reserved blocks that may not have run to the end, counted in full: {report.unsettled:,}."
 
 
 def _solved_in_words(solved: dict[str, float]) -> str:
@@ -179,13 +215,12 @@ def statement(report: "Report") -> str:
     """The whole report, in lines of at most 100 characters."""
     blocks = [_account_to_text(account, report) for account in report.accounts]
     if not blocks:
-        blocks = [["epsilon = 0: nothing was released.", _row("Source:", f"{report.source}.")]]
+        blocks = [[NOTHING_RELEASED, _row("Source", f"{report.source}.")]]
     if len(blocks) > 1:
-        blocks.insert(0, ["Several units or relations: the figures stand side by side and do not add up."])
+        blocks.insert(0, [SIDE_BY_SIDE])
     if report.solved:
         blocks.insert(0, [textwrap.fill(f"Solved for: {_solved_in_words(report.solved)}.", _WIDTH)])
     if report.unsettled:
-        text = f"Reserved blocks that may not have run to the end, counted in full: {report.unsettled:,}."
-        blocks.append([textwrap.fill(text, _WIDTH)])
+        blocks.append([textwrap.fill(unsettled(report), _WIDTH)])
     blocks.append(["Not covered:", *(_bullet(sentence) for sentence in not_covered(report))])
     return "\n\n".join("\n".join(block) for block in blocks)

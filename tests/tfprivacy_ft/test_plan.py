@@ -1,6 +1,7 @@
 """The plan against dp_accounting: what the ledger says after what really ran, by whatever way it ran."""
 
 import dataclasses
+import importlib.util
 import threading
 
 import dp_accounting
@@ -77,6 +78,22 @@ def test_two_fits_a_batch_and_a_resumed_run_are_accounted_as_what_ran(tmp_path, 
     (account,) = report.accounts
     assert account.relation == ("add_or_remove_one" if jit else "zero_out")
     assert report.epsilon == pytest.approx(poisson_epsilon(24, and_gaussian=0 if jit else 2), rel=1e-3)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="Keras's callback needs TensorBoard")
+def test_epsilon_is_in_tensorboard_by_its_own_callback(tmp_path):
+    plan = make_plan()
+    callbacks = [*plan.callbacks(), tf.keras.callbacks.TensorBoard(tmp_path)]
+    history = make_model(plan).fit(plan.batches(X, Y), epochs=2, callbacks=callbacks, verbose=0).history
+    written = {
+        event.step: float(tf.make_ndarray(value.tensor))
+        for file in (tmp_path / "train").glob("*tfevents*")
+        for event in tf.compat.v1.train.summary_iterator(str(file))
+        for value in event.summary.value
+        if value.tag == "epoch_epsilon"
+    }
+    assert written == {epoch: pytest.approx(epsilon) for epoch, epsilon in enumerate(history["epsilon"])}
+    assert len(written) == 2
 
 
 def test_epsilon_is_in_history_and_grows_with_the_epochs(tmp_path):
