@@ -69,7 +69,7 @@ def test_the_page_holds_the_statement_the_table_and_the_state_of_the_ledger(tmp_
     report = gather([a_run(tmp_path / "run")])
     page = Page(report.to_html())
     (account,) = report.intact[0].report.accounts
-    rows = [text for _, text in statement.rows(account, report.intact[0].report.source)]
+    rows = [text for _, text in statement.rows(account, report.intact[0].report)]
     expected = [statement.headline(account), *rows, *statement.not_covered(report.intact[0].report)]
     for text in (*expected, "target, 9", "30 parameters", "dense/kernel", "val_accuracy: 0.7", "unknown", "Intact."):
         assert text in page.text, text
