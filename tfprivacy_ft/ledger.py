@@ -217,6 +217,9 @@ class Ledger:
         self._lock = threading.RLock()
         self._next_sequence = state.records + 1
         self._refusal: str | None = None
+        self._in_memory: list[
+            tuple[str, dict[str, Any]]
+        ] = []  # what was recorded since the opening, where no disk has it
 
     @classmethod
     def open(
@@ -266,6 +269,27 @@ class Ledger:
         ledger = cls(_State(), None)
         ledger._append("open", _opening(delta, facts))
         return ledger
+
+    def moved_to(self, path_dir: str | os.PathLike[str]) -> "Ledger":
+        """Closes this ledger, which is in memory, and records all of it in a folder's, which is created or continued.
+
+        Raises:
+          LedgerError: as in `open`, or this ledger is on the disk already; it then stays open.
+        """
+        if self._journal is not None:
+            raise LedgerError(f"{self._journal.file} is on the disk already: open a ledger in the other folder.")
+        with self._lock:
+            moved = Ledger.open(path_dir, delta=self.delta, facts=self.facts)
+            numbers: dict[int, int] = {}
+            for number, (kind, body) in enumerate(self._in_memory, start=2):  # the first record is the opening
+                if kind == "note":
+                    moved.note(body["note"], body["text"])
+                    continue
+                if kind == "settle":
+                    body = body | {"reservations": [numbers[reserved] for reserved in body["reservations"]]}
+                numbers[number] = moved._append(kind, body)
+            self.close()
+        return moved
 
     def reserve(self, event: Event) -> int:
         """Writes down releases before they happen; they may run as soon as this returns.
@@ -451,6 +475,8 @@ class Ledger:
                         raise LedgerError(f"the ledger takes no more records because {self._refusal}.") from error
                     raise
             self._state.apply(record, line)
+            if self._journal is None and kind != "open":
+                self._in_memory.append((kind, body))
             self._next_sequence += 1
             return record["sequence"]
 

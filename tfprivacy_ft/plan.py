@@ -311,13 +311,11 @@ class PrivacyPlan:
         if folder is not None and folder.resolve() == type(folder)(run_dir).resolve():
             return
         self.settle()
-        old, new = self._ledger, Ledger.open(run_dir, delta=self.delta, facts=self._facts())
         if folder is None:
-            for event in old.events():
-                new.settle([new.reserve(event)], event)
-            for note in old.notes():
-                new.note(note.kind, note.text)
-        old.close()
+            self._ledger = self._ledger.moved_to(run_dir)
+            return
+        new = Ledger.open(run_dir, delta=self.delta, facts=self._facts())
+        self._ledger.close()
         self._ledger = new
 
     def sampling_of(self, arguments: dict[str, Any] | None) -> Sampling:

@@ -133,6 +133,28 @@ def test_figures_go_with_what_was_released_by_then(tmp_path):
     assert contents.software["python"] and contents.records == 8
 
 
+def test_a_ledger_in_memory_moves_to_a_folder_with_its_whole_way(tmp_path):
+    write(tmp_path, 1)
+    book = Ledger.in_memory(delta=1e-4, facts={"model": "cnn"})
+    book.note("metrics", "shown")
+    for value in (0.5, 0.75):
+        book.settle([book.reserve(STEPS), book.reserve(STEPS)], STEPS.with_count(12))
+        book.figures({"accuracy": value})
+    book.trained(Trained(("head",), 10))
+    book.reserve(UNKNOWN)
+    with book.moved_to(tmp_path) as moved:
+        assert steps_in(moved) == 10 + 24 + 10
+        assert moved.notes() == book.notes() and moved.delta == 1e-4
+        with pytest.raises(LedgerError, match="closed"):
+            book.reserve(STEPS)
+        with pytest.raises(LedgerError, match="on the disk already"):
+            moved.moved_to(tmp_path / "other")
+    contents = read(tmp_path)
+    looks = [(steps_in(moment), moment.figures["accuracy"]) for moment in contents.history if moment.figures]
+    assert looks == [(22, 0.5), (34, 0.75)]
+    assert contents.trained == (Trained(("head",), 10),) and contents.unsettled == 2
+
+
 def test_what_was_trained_is_kept_as_often_as_it_changes(tmp_path):
     head, everything = Trained(("head",), 10), Trained(("body", "head"), 1000)
     with Ledger.open(tmp_path) as book:
