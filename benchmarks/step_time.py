@@ -99,7 +99,7 @@ def contend(work, batch_size, rounds, steps, peer=False):
 def noise_milliseconds(model, steps):
     """Of drawing the noise for all trainable variables, and nothing else."""
     noise, values = GaussianNoise(), [tf.zeros(v.shape) for v in model.trainable_variables]
-    draw = tf.function(lambda: noise.like(values, CLIP * NOISE))
+    draw = tf.function(lambda: noise.draw(values, CLIP, NOISE)(values))
     seconds = []
     for _ in range(steps + 3):
         start = time.perf_counter()

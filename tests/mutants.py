@@ -308,8 +308,8 @@ MUTANTS = (
     Mutant(
         "noise without the clip",
         "optimizers.py",
-        "self.noise.like(sums, clip * multiplier)",
-        "self.noise.like(sums, multiplier)",
+        "self.noise.draw(sums, clip, multiplier)",
+        "self.noise.draw(sums, 1.0, multiplier)",
         NOISE,
         "standard",
     ),
@@ -505,8 +505,8 @@ MUTANTS = (
     Mutant(
         "no noise on the count",
         "optimizers.py",
-        "batch.votes + self.noise.like([batch.votes], self.moving_clip.count_stddev)[0]",
-        "batch.votes",
+        "self.noise.draw([votes], 0.5, stddev / 0.5)([votes])[0] if stddev else votes",
+        "votes",
         MOVING,
         "count_is_noisy",
     ),

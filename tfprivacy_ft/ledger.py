@@ -42,12 +42,14 @@ FORMAT_VERSION = 1
 
 _GENESIS = "0" * 64  # what the first record names as the hash of the record before it
 
-__all__ = ["FILE_NAME", "FORMAT_VERSION", "HEAD_NAME", "Ledger", "LedgerContents", "Note", "read"]
+TEST_SEED = "test seed"  # the kind of note that says that a seed made the noise
+
+__all__ = ["FILE_NAME", "FORMAT_VERSION", "HEAD_NAME", "TEST_SEED", "Ledger", "LedgerContents", "Note", "read"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """A release without noise: what kind, and one sentence on what it shows."""
+    """A release without noise: what kind, and one sentence on what it shows. `TEST_SEED` marks noise that can be subtracted."""
 
     kind: str
     text: str
@@ -214,7 +216,7 @@ class Ledger:
         """Records a release without noise, such as training metrics; a note already there is not repeated.
 
         Args:
-          kind: what it is, in a word or two.
+          kind: what it is, in a word or two; `TEST_SEED` where it is the noise itself that is known.
           text: one sentence on what it shows.
 
         Raises:

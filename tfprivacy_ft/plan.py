@@ -15,7 +15,7 @@ from tfprivacy_ft import _check, accounting
 from tfprivacy_ft.compute_epsilon import Report, compute_epsilon
 from tfprivacy_ft.errors import DatasetError, InvalidArgumentError
 from tfprivacy_ft.events import Event
-from tfprivacy_ft.ledger import Ledger
+from tfprivacy_ft.ledger import TEST_SEED, Ledger
 from tfprivacy_ft.recorder import Recorder
 from tfprivacy_ft.sampling import (
     UNKNOWN,
@@ -272,6 +272,7 @@ class PrivacyPlan:
             steps_per_block=self.steps_per_block,
             accumulator=mechanism.accumulator,
         )
+        self._note_test_seeds()
 
     def recorder(self, optimizer: Any) -> Recorder:
         """The recorder of this optimizer's steps; attaches the optimizer if it was not.
@@ -312,6 +313,7 @@ class PrivacyPlan:
                 new.note(note.kind, note.text)
         old.close()
         self._ledger = new
+        self._note_test_seeds()
 
     def sampling_of(self, arguments: dict[str, Any] | None) -> Sampling:
         """How the batches of a running `fit` are drawn, as far as its arguments prove it.
@@ -382,6 +384,15 @@ class PrivacyPlan:
         """Settles, and gives the ledger free for other processes."""
         self.settle()
         self._ledger.close()
+
+    def _note_test_seeds(self) -> None:
+        for mechanism in self._recorders:
+            if mechanism.noise_seed is not None:
+                self._ledger.note(
+                    TEST_SEED,
+                    f"the noise was drawn from noise_seed={mechanism.noise_seed}, for tests: whoever knows the seed can "
+                    "subtract it, so there is no privacy, whatever epsilon says.",
+                )
 
     def _facts(self) -> dict[str, Any]:
         fields = (
