@@ -30,7 +30,7 @@ def weights():
 
 def gaussian(x, variance):
     """Proportional to the probability of x, to 50 digits."""
-    return (-D(x) ** 2 / (2 * D(variance))).exp()
+    return (-(D(x) ** 2) / (2 * D(variance))).exp()
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,9 @@ def test_two_narrow_ones_make_the_wide_law(y):
         for x in range(near - 25, near + 25)
         if abs(y - K * x) < OFFSET
     )
-    exact = gaussian(y, STDDEV**2) / (D(STDDEV) * (2 * D("3.14159265358979323846264338327950288419716939937511")).sqrt())
+    exact = gaussian(y, STDDEV**2) / (
+        D(STDDEV) * (2 * D("3.14159265358979323846264338327950288419716939937511")).sqrt()
+    )
     assert abs(sums / exact - 1) < D("1e-16" if abs(y) > 2e7 else "1e-20" if y > 1e6 else "1e-28")
 
 
