@@ -1,8 +1,9 @@
 """Time and memory of one training step in `model.fit`: plain Keras, this package, tensorflow_privacy where it is there.
 
 All take turns in one process on the same batch; times are medians over steps. On a machine that other work shares only the
-ratios of one run mean something. `--memory` adds the peak of a process of its own for each, `--growth` a second table of how
-both grow with batch, width and depth of a dense network. A picture of what was measured goes to `step_time.png`.
+ratios of one run mean something. `--secure` adds this package with `secure_noise=True`, `--memory` the peak of a process of
+its own for each, `--growth` a second table of how both grow with batch, width and depth of a dense network. A picture of
+what was measured goes to `step_time.png`.
 """
 
 import argparse
@@ -21,11 +22,11 @@ import tensorflow as tf
 from _models import WORKS, Work, images, mlp
 
 from tfprivacy_ft import PrivacyPlan
-from tfprivacy_ft.noise import GaussianNoise
+from tfprivacy_ft.noise import DiscreteGaussianNoise, GaussianNoise
 from tfprivacy_ft.optimizers import DPKerasSGDOptimizer
 
 CLIP, NOISE, LEARNING_RATE = 1.0, 1.1, 0.1
-PLAIN, OURS, PEER = "plain Keras", "tfprivacy_ft", "tensorflow_privacy"
+PLAIN, OURS, SECURE, PEER = "plain Keras", "tfprivacy_ft", "with secure noise", "tensorflow_privacy"
 GROWTH = {"batch": (64, 256, 1024, 4096), "width": (128, 256, 512, 1024), "depth": (1, 2, 4, 8)}
 
 
@@ -59,9 +60,11 @@ class Contender:
         loss = "sparse_categorical_crossentropy"
         if name == PLAIN:
             optimizer = tf.keras.optimizers.SGD(LEARNING_RATE)
-        elif name == OURS:
+        elif name in (OURS, SECURE):
             plan = PrivacyPlan(60_000, batch_size, epochs=60, delta=1e-5, noise_multiplier=NOISE)
-            optimizer = plan.optimizer(DPKerasSGDOptimizer, l2_norm_clip=CLIP, learning_rate=LEARNING_RATE)
+            optimizer = plan.optimizer(
+                DPKerasSGDOptimizer, l2_norm_clip=CLIP, learning_rate=LEARNING_RATE, secure_noise=name == SECURE
+            )
             self._callbacks = plan.callbacks()
         else:
             import tensorflow_privacy
@@ -82,9 +85,10 @@ class Contender:
         return 1e3 * statistics.median(self.seconds)
 
 
-def contend(work, batch_size, rounds, steps, peer=False):
+def contend(work, batch_size, rounds, steps, peer=False, secure=False):
     """Name -> contender, measured in turns."""
-    found = {name: Contender(work, batch_size, name) for name in (PLAIN, OURS, *([PEER] if peer else []))}
+    names = (PLAIN, OURS, *([SECURE] if secure else []), *([PEER] if peer else []))
+    found = {name: Contender(work, batch_size, name) for name in names}
     for name, contender in found.items():
         contender.run(1 if name == PEER else 3, keep=False)  # traces, and warms up
     for turn in range(rounds):
@@ -96,10 +100,10 @@ def contend(work, batch_size, rounds, steps, peer=False):
     return found
 
 
-def noise_milliseconds(model, steps):
+def noise_milliseconds(noise, model, steps):
     """Of drawing the noise for all trainable variables, and nothing else."""
-    noise, values = GaussianNoise(), [tf.zeros(v.shape) for v in model.trainable_variables]
-    draw = tf.function(lambda: noise.like(values, CLIP * NOISE))
+    values = [tf.zeros(v.shape) for v in model.trainable_variables]
+    draw = tf.function(lambda: noise.draw(values, CLIP, NOISE)(values))
     seconds = []
     for _ in range(steps + 3):
         start = time.perf_counter()
@@ -191,6 +195,7 @@ def main():
     parser.add_argument(
         "--growth", action="store_true", help="how time and memory grow with batch, width and depth (Linux)"
     )
+    parser.add_argument("--secure", action="store_true", help="this package with secure_noise=True too")
     picture_file = pathlib.Path(__file__).with_suffix(".png")
     parser.add_argument("--png", default=picture_file, help="file for a picture of it all (default: step_time.png)")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
@@ -206,12 +211,15 @@ def main():
     for model in arguments.models:
         work = WORKS[model]
         for size in arguments.batch_sizes:
-            found = contend(work, size, arguments.rounds, arguments.steps, arguments.peer and model in ("mlp", "cnn"))
+            peer = arguments.peer and model in ("mlp", "cnn")
+            found = contend(work, size, arguments.rounds, arguments.steps, peer, arguments.secure)
             target = work.targets.get(size, float("nan"))
             print(f"{work.title}, {found[PLAIN].model.count_params():,} parameters, batch {size}, target {target}")
             table(found)
-            alone = noise_milliseconds(found[OURS].model, arguments.rounds * arguments.steps)
-            print(f"  {'its noise alone':20} {alone:12.1f} {alone / found[PLAIN].milliseconds:12.2f}")
+            for label, noise in (("its noise alone", GaussianNoise), ("secure noise alone", DiscreteGaussianNoise)):
+                if noise is GaussianNoise or arguments.secure:
+                    alone = noise_milliseconds(noise(), found[OURS].model, arguments.rounds * arguments.steps)
+                    print(f"  {label:20} {alone:12.1f} {alone / found[PLAIN].milliseconds:12.2f}")
             ratios[f"{model}\n{size}"] = (found[OURS].milliseconds / found[PLAIN].milliseconds, target)
             if arguments.memory:
                 plain, ours = (peak_of(["--models", model, "--batch-sizes", size], name) for name in (PLAIN, OURS))

@@ -56,6 +56,13 @@ def non_negative_integer(**values) -> None:
             raise _refuse(name, value, "an integer >= 0")
 
 
+def boolean(**values) -> None:
+    """Each value is True or False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise _refuse(name, value, "True or False")
+
+
 def at_most(limit_name: str, limit, **values) -> None:
     """Each value is no larger than the named limit."""
     for name, value in values.items():

@@ -18,7 +18,7 @@ from tfprivacy_ft.accounting import Account
 from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedEventError
 from tfprivacy_ft.events import Event, Mechanism
 from tfprivacy_ft.search import BestOf, Distribution
-from tfprivacy_ft.statement import against, not_covered, statement
+from tfprivacy_ft.statement import against, not_covered, statement, warnings
 
 __all__ = ["Report", "best_of", "compose", "compute_epsilon", "dpftrl", "dpsgd", "fedavg", "solve"]
 
@@ -34,7 +34,7 @@ class Report:
       delta: the delta of every epsilon.
       source: where the events come from, in words.
       recorded: True if a run recorded the events, False if somebody typed them in.
-      notes: releases without noise that the run recorded.
+      notes: releases without noise that the run recorded, and that it was run with a test seed, if so.
       facts: public facts that the run recorded.
       unsettled: reservations of the run that were never settled, and are counted in full.
       solved: what `solve` was asked for, by name.
@@ -79,6 +79,7 @@ class Report:
             "accounts": [_account_to_dict(account) for account in self.accounts],
             "notes": [dataclasses.asdict(note) for note in self.notes],
             "not_covered": not_covered(self),
+            "warnings": warnings(self),
             "facts": self.facts,
             "unsettled": self.unsettled,
             "solved": {name: _json_number(value) for name, value in self.solved.items()},

@@ -42,6 +42,8 @@ FILE_NAME = "ledger.jsonl"
 HEAD_NAME = "ledger.head.json"
 FORMAT_VERSION = 1
 
+TEST_SEED = "test seed"  # the kind of note that says that a seed made the noise
+
 _GENESIS = "0" * 64  # what the first record names as the hash of the record before it
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "FORMAT_VERSION",
     "GRADIENT_NORMS",
     "HEAD_NAME",
+    "TEST_SEED",
     "GradientNorms",
     "Ledger",
     "LedgerContents",
@@ -62,7 +65,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """A release without noise: what kind, and one sentence on what it shows."""
+    """A release without noise: what kind, and one sentence on what it shows. `TEST_SEED` marks noise that can be subtracted."""
 
     kind: str
     text: str
@@ -330,7 +333,7 @@ class Ledger:
         """Records a release without noise, such as training metrics; a note already there is not repeated.
 
         Args:
-          kind: what it is, in a word or two.
+          kind: what it is, in a word or two; `TEST_SEED` where it is the noise itself that is known.
           text: one sentence on what it shows.
 
         Raises:

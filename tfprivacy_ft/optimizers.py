@@ -25,11 +25,15 @@ from tfprivacy_ft.guard import StepGuard
 from tfprivacy_ft.keras_compat import OptimizerHook, keras
 from tfprivacy_ft.ledger import Trained
 from tfprivacy_ft.moving_clip import Adaptive, MovingClip
-from tfprivacy_ft.noise import GaussianNoise
+from tfprivacy_ft.noise import AddNoise, DiscreteGaussianNoise, GaussianNoise, Noise
 
 
 class NoPlanWarning(UserWarning):
     """A DP optimizer runs without a plan: nothing is written, and batches are taken to be of fixed, public size."""
+
+
+class SeededNoiseWarning(UserWarning):
+    """A DP optimizer draws its noise from a seed: whoever knows it can subtract the noise, so nothing is private."""
 
 
 class Mechanism:
@@ -45,6 +49,8 @@ class Mechanism:
       rows_per_example: consecutive rows of a batch that are one example.
       loss_scale: what the loss is multiplied by while it is differentiated, or None.
       keep_gradient_norms: whether to count, without noise, how long the gradients are.
+      noise: where the noise comes from; None for `GaussianNoise()`.
+      noise_seed: the seed that `noise` was made with, or None.
     """
 
     def __init__(
@@ -57,6 +63,8 @@ class Mechanism:
         rows_per_example: int = 1,
         loss_scale: float | None = None,
         keep_gradient_norms: bool = False,
+        noise: Noise | None = None,
+        noise_seed: int | None = None,
     ):
         self._l2_norm_clip, self._noise_multiplier = float(l2_norm_clip), float(noise_multiplier)
         self.clipping = clipping or Flat()
@@ -70,7 +78,8 @@ class Mechanism:
             self.expected_batch_size = tf.Variable(
                 float(expected_batch_size or 0.0), trainable=False, name="expected_batch_size"
             )
-        self.noise, self.guard = GaussianNoise(), StepGuard()
+        self.noise, self.guard = noise or GaussianNoise(), StepGuard()
+        self.noise_seed = noise_seed
         self.accumulation_steps = accumulation_steps
         self.rows_per_example, self.loss_scale = rows_per_example, loss_scale
         self.accumulator = Accumulator(accumulation_steps) if accumulation_steps > 1 else None
@@ -115,8 +124,7 @@ class Mechanism:
             # The parts of a logical batch are counted as they come, before anybody knows whether its step happens.
             self.norms.add(clipped.norms, clipped.real & (self._allowed | (self.accumulator is not None)), clip)
         if self.moving_clip is not None:
-            votes = batch.votes + self.noise.like([batch.votes], self.moving_clip.count_stddev)[0]
-            self.moving_clip.move(votes, denominator, self._allowed)
+            self.moving_clip.move(self._noisy_votes(batch.votes), denominator, self._allowed)
         result = []
         for gradient, regular, variable in zip(private, clipped.data_independent, variables, strict=True):
             gradient = tf.cast(gradient, variable.dtype)
@@ -139,16 +147,23 @@ class Mechanism:
         """The noisy sums, or zeros where the step was not let through."""
         multiplier = self.noise_multiplier if self.moving_clip is None else self.moving_clip.noise_multiplier
 
-        def noise() -> list[tf.Tensor | float]:
-            return self.noise.like(sums, clip * multiplier) if multiplier and sums else [0.0] * len(sums)
+        def draw() -> AddNoise:
+            return self.noise.draw(sums, clip, multiplier) if multiplier and sums else list
 
         # Noise needs no data, and outside of the cond is drawn beside the backward pass; not for a part of a logical batch.
-        drawn = noise() if self.accumulator is None else None
+        drawn = draw() if self.accumulator is None else None
 
         def noisy() -> list[tf.Tensor]:
-            return [total + tf.cast(n, total.dtype) for total, n in zip(sums, drawn or noise(), strict=True)]
+            add_noise = drawn or draw()
+            return add_noise(sums)
 
         return tf.cond(self._allowed, noisy, lambda: [tf.zeros_like(total) for total in sums])
+
+    def _noisy_votes(self, votes: tf.Tensor) -> tf.Tensor:
+        """The votes on the clip, of which an example has half a one, for or against."""
+        assert self.moving_clip is not None
+        stddev = self.moving_clip.count_stddev
+        return self.noise.draw([votes], 0.5, stddev / 0.5)([votes])[0] if stddev else votes
 
     def update(self, apply: Callable[[], Any]) -> None:
         """Adds `apply` to the graph, to run only if the step of the last `gradients` was let through."""
@@ -162,7 +177,7 @@ class Mechanism:
         self._allowed = None
 
     def warn_without_plan(self) -> None:
-        """Says once that nobody keeps the accounts."""
+        """Says once that nobody keeps the accounts, and once that a seed makes the noise, where it does."""
         if self.has_plan or self._warned:
             return
         self._warned = True
@@ -172,6 +187,13 @@ class Mechanism:
             NoPlanWarning,
             stacklevel=3,
         )
+        if self.noise_seed is not None:
+            warnings.warn(
+                f"noise_seed={self.noise_seed} is for tests only: whoever knows it can subtract the noise, so nothing is "
+                "private; leave it out to train for real.",
+                SeededNoiseWarning,
+                stacklevel=3,
+            )
 
     def _check_strategy(self) -> None:
         strategy = tf.distribute.get_strategy()
@@ -193,8 +215,8 @@ def make_dp_optimizer_class(base: type) -> type:
 
     Returns:
       A subclass that takes `l2_norm_clip`, `noise_multiplier` and `num_microbatches` first, then `base`'s own arguments,
-      and the keywords `expected_batch_size`, `clipping`, `accumulation_steps`, `rows_per_example`, `loss_scale` and
-      `keep_gradient_norms`.
+      and the keywords `expected_batch_size`, `clipping`, `accumulation_steps`, `rows_per_example`, `loss_scale`,
+      `keep_gradient_norms`, `secure_noise` and `noise_seed`.
 
     Raises:
       InvalidArgumentError: `base` is not a Keras optimizer class of this Keras, or is private already.
@@ -244,6 +266,11 @@ _CLASS_DOC = """`{base}` on differentially private gradients.
         such as 1024; gradients are divided by it in float32. None for other models.
       keep_gradient_norms: whether to count how long the examples' gradients are, and how many are clipped. Under a plan
         that goes to the ledger after every epoch, for the report: a release without noise, listed as one.
+      secure_noise: True draws discrete Gaussian noise on a grid, from the cipher ChaCha20, which withstands who looks at the
+        last bits of the weights or tries to predict the generator; it takes several times as long to draw. See
+        `tfprivacy_ft.noise.DiscreteGaussianNoise` for what it does not cover. False draws normal noise in float32.
+      noise_seed: an int >= 0, for tests only: the noise is then the same in every process with that seed. Whoever knows it
+        can subtract the noise, so nothing is private; a plan records it, and every report warns. None for real training.
       **kwargs: `{base}`'s own keyword arguments.
 
     Raises:
@@ -268,11 +295,14 @@ class DPOptimizer:
         rows_per_example: int = 1,
         loss_scale: float | None = None,
         keep_gradient_norms: bool = False,
+        secure_noise: bool = False,
+        noise_seed: int | None = None,
         **kwargs: Any,
     ):
         _check.positive_integer(accumulation_steps=accumulation_steps, rows_per_example=rows_per_example)
         if loss_scale is not None:
             _check.positive(loss_scale=loss_scale)
+        noise = _noise(secure_noise, noise_seed)
         if kwargs.get("loss_scale_factor") is not None:
             raise InvalidArgumentError(
                 "loss_scale_factor is Keras's and would divide the noisy gradient by the scale: use loss_scale."
@@ -302,6 +332,8 @@ class DPOptimizer:
             rows_per_example,
             loss_scale,
             keep_gradient_norms,
+            noise,
+            noise_seed,
         )
 
     @property
@@ -357,6 +389,8 @@ class DPOptimizer:
             "rows_per_example": self.rows_per_example,
             "loss_scale": self._mechanism.loss_scale,
             "keep_gradient_norms": self._mechanism.norms is not None,
+            "secure_noise": isinstance(self._mechanism.noise, DiscreteGaussianNoise),
+            "noise_seed": self._mechanism.noise_seed,
         }
 
     @classmethod
@@ -364,6 +398,19 @@ class DPOptimizer:
         """An optimizer from its arguments."""
         clipping = rules.from_config(config.get("clipping"), custom_objects)
         return super().from_config({**config, "clipping": clipping}, custom_objects=custom_objects)  # type: ignore[misc]
+
+
+def _noise(secure_noise: bool, noise_seed: int | None) -> Noise:
+    _check.boolean(secure_noise=secure_noise)
+    if noise_seed is None:
+        return DiscreteGaussianNoise() if secure_noise else GaussianNoise()
+    _check.non_negative_integer(noise_seed=noise_seed)
+    if secure_noise:
+        raise InvalidArgumentError(
+            f"secure_noise=True with noise_seed={noise_seed} is not allowed: noise from a seed is not secure, so leave one "
+            "of them out."
+        )
+    return GaussianNoise(int(noise_seed))
 
 
 DPKerasSGDOptimizer = make_dp_optimizer_class(keras.optimizers.SGD)

@@ -16,7 +16,7 @@ from tfprivacy_ft import _check, accounting
 from tfprivacy_ft.compute_epsilon import Report, compute_epsilon
 from tfprivacy_ft.errors import DatasetError, InvalidArgumentError
 from tfprivacy_ft.events import Event
-from tfprivacy_ft.ledger import GRADIENT_NORMS, Ledger
+from tfprivacy_ft.ledger import GRADIENT_NORMS, TEST_SEED, Ledger
 from tfprivacy_ft.recorder import Recorder
 from tfprivacy_ft.sampling import (
     UNKNOWN,
@@ -254,8 +254,6 @@ class PrivacyPlan:
         mechanism, noise = optimizer.mechanism, optimizer.noise_multiplier
         clip = None if mechanism.moving_clip is not None else optimizer.l2_norm_clip
         mechanism.has_plan = True
-        if mechanism.norms is not None:
-            self._ledger.note(GRADIENT_NORMS.kind, GRADIENT_NORMS.text)
 
         def event(sampling: Sampling, steps: int) -> Event:
             return sampling.event(
@@ -276,6 +274,7 @@ class PrivacyPlan:
             accumulator=mechanism.accumulator,
             trained=lambda: mechanism.trained,
         )
+        self._note_mechanisms()
 
     def recorder(self, optimizer: Any) -> Recorder:
         """The recorder of this optimizer's steps; attaches the optimizer if it was not.
@@ -317,6 +316,7 @@ class PrivacyPlan:
         new = Ledger.open(run_dir, delta=self.delta, facts=self._facts())
         self._ledger.close()
         self._ledger = new
+        self._note_mechanisms()
 
     def sampling_of(self, arguments: dict[str, Any] | None) -> Sampling:
         """How the batches of a running `fit` are drawn, as far as its arguments prove it.
@@ -401,6 +401,18 @@ class PrivacyPlan:
         """Settles, and gives the ledger free for other processes."""
         self.settle()
         self._ledger.close()
+
+    def _note_mechanisms(self) -> None:
+        """What a reader has to know of the mechanisms whose steps come into this ledger."""
+        for mechanism in self._recorders:
+            if mechanism.norms is not None:
+                self._ledger.note(GRADIENT_NORMS.kind, GRADIENT_NORMS.text)
+            if mechanism.noise_seed is not None:
+                self._ledger.note(
+                    TEST_SEED,
+                    f"the noise was drawn from noise_seed={mechanism.noise_seed}, for tests: whoever knows the seed can "
+                    "subtract it, so there is no privacy, whatever epsilon says.",
+                )
 
     def _facts(self) -> dict[str, Any]:
         fields = (

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from tfprivacy_ft.accounting import Account
 from tfprivacy_ft.events import Event
+from tfprivacy_ft.ledger import TEST_SEED
 
 if TYPE_CHECKING:
     from tfprivacy_ft.compute_epsilon import Report
@@ -24,6 +25,7 @@ __all__ = [
     "sampling_rate",
     "statement",
     "unsettled",
+    "warnings",
 ]
 
 NOTHING_RELEASED = "epsilon = 0: nothing was released."
@@ -196,19 +198,25 @@ def _solved_in_words(solved: dict[str, float]) -> str:
 
 def not_covered(report: "Report") -> list[str]:
     """What the figures leave out, one sentence each."""
-    sentences = [f"Released without noise, {note.kind}: {note.text}" for note in report.notes]
+    released = [note for note in report.notes if note.kind != TEST_SEED]
+    sentences = [f"Released without noise, {note.kind}: {note.text}" for note in released]
     if not report.recorded:
         sentences += [
             "Whether a run really clipped, sampled and added noise like this: nothing was recorded.",
             "Anything released without noise, such as training metrics, or a choice made on private validation data.",
         ]
-    elif not report.notes:
+    elif not released:
         sentences.append("Releases without noise that the run did not record; it recorded none.")
     if report.search is None:
         sentences.append(
             "A search for hyper-parameters on the same data: each run tried spends its own epsilon, and they add up."
         )
     return sentences
+
+
+def warnings(report: "Report") -> list[str]:
+    """What makes the figures worthless, one sentence each; mostly nothing."""
+    return [note.text for note in report.notes if note.kind == TEST_SEED]
 
 
 def statement(report: "Report") -> str:
@@ -220,6 +228,8 @@ def statement(report: "Report") -> str:
         blocks.insert(0, [SIDE_BY_SIDE])
     if report.solved:
         blocks.insert(0, [textwrap.fill(f"Solved for: {_solved_in_words(report.solved)}.", _WIDTH)])
+    if found := warnings(report):
+        blocks.insert(0, [textwrap.fill(f"WARNING: {text}", _WIDTH) for text in found])
     if report.unsettled:
         blocks.append([textwrap.fill(unsettled(report), _WIDTH)])
     blocks.append(["Not covered:", *(_bullet(sentence) for sentence in not_covered(report))])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfprivacy_ft.noise import GaussianNoise
+from tfprivacy_ft.noise import DiscreteGaussianNoise, GaussianNoise
 from tfprivacy_ft.optimizers import DPKerasSGDOptimizer
 
 pytestmark = [
@@ -44,9 +44,10 @@ def copied_to_host(optimizer, folder):
     return total
 
 
-def test_noise_is_drawn_on_the_gpu():
-    noise = GaussianNoise()
-    drawn = tf.function(lambda: noise.like([tf.zeros([1000])], 1.0)[0])()
+@pytest.mark.parametrize("make", [GaussianNoise, DiscreteGaussianNoise])
+def test_noise_is_drawn_on_the_gpu(make):
+    noise, zeros = make(), [tf.zeros([1000])]
+    drawn = tf.function(lambda: noise.draw(zeros, 1.0, 1.0)(zeros)[0])()
     assert "GPU" in drawn.device
 
 

@@ -85,10 +85,11 @@ def test_sum_and_count_together_cost_the_noise_multiplier():
         noise_on_sum(1.0, 0.5)
 
 
-def test_the_count_is_noisy():
+@pytest.mark.parametrize("secure", [False, True])
+def test_the_count_is_noisy(secure):
     moves = []
     for _ in range(2):
-        optimizer = optimizer_with(Adaptive(0.5, 0.2, count_stddev=20.0), 40.0, noise=1.0)
+        optimizer = optimizer_with(Adaptive(0.5, 0.2, count_stddev=20.0), 40.0, noise=1.0, secure_noise=secure)
         linear_model(optimizer).train_on_batch(X, Y)
         moves.append(np.log(optimizer.l2_norm_clip / 40))
     assert moves[0] != moves[1]

@@ -19,6 +19,7 @@ from tfprivacy_ft.optimizers import (
     DPKerasAdamWOptimizer,
     DPKerasSGDOptimizer,
     NoPlanWarning,
+    SeededNoiseWarning,
     make_dp_optimizer_class,
 )
 
@@ -94,6 +95,85 @@ def test_without_a_plan_one_warning_and_a_counter():
         model.train_on_batch(X[:4], Y[:4])
     assert len([w for w in caught if w.category is NoPlanWarning]) == 1
     assert optimizer.privacy_steps == 9
+
+
+def test_a_seed_without_a_plan_is_warned_about_once_also_when_loaded(tmp_path):
+    model = small_model()
+    model.compile(DPKerasSGDOptimizer(1.0, 1.0, learning_rate=0.1, noise_seed=3), LOGITS)
+    for trained in (model, None):
+        if trained is None:
+            model.save(tmp_path / "model.keras")
+            trained = keras.models.load_model(tmp_path / "model.keras")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trained.fit(X, Y, batch_size=16, epochs=2, verbose=0)
+            trained.train_on_batch(X[:4], Y[:4])
+        (warned,) = [w for w in caught if w.category is SeededNoiseWarning]
+        assert "noise_seed=3 is for tests only" in str(warned.message)
+
+
+def test_a_seed_repeats_the_training_and_no_seed_does_not():
+    start, ends = None, []
+    for seed in (3, 3, 4, None):
+        model = small_model()
+        start = start or model.get_weights()
+        model.set_weights(start)
+        model.compile(DPKerasSGDOptimizer(1.0, 1.0, learning_rate=0.1, noise_seed=seed), LOGITS)
+        model.fit(X, Y, batch_size=16, shuffle=False, verbose=0)
+        ends.append(trainable_values(model)[0])
+    assert_same([ends[0]], [ends[1]], rtol=1e-5)
+    assert all(np.abs(ends[0] - other).max() > 1e-3 for other in ends[2:])
+
+
+@pytest.mark.parametrize("arguments", [{"secure_noise": True}, {"noise_seed": 7}, {}])
+def test_where_noise_comes_from_survives_the_config(arguments):
+    config = DPKerasAdamOptimizer.from_config(DPKerasAdamOptimizer(1.0, 1.0, **arguments).get_config()).get_config()
+    assert {name: config[name] for name in ("secure_noise", "noise_seed")} == {
+        "secure_noise": False,
+        "noise_seed": None,
+    } | arguments
+    without = {name: value for name, value in config.items() if name not in ("secure_noise", "noise_seed")}
+    assert DPKerasAdamOptimizer.from_config(without).get_config()["noise_seed"] is None  # saved by an older version
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ({"secure_noise": True, "noise_seed": 0}, "noise from a seed is not secure"),
+        ({"secure_noise": 1}, "secure_noise=1 is not allowed: give True or False"),
+        ({"noise_seed": -1}, "noise_seed=-1 is not allowed: give an integer >= 0"),
+        ({"noise_seed": 1.5}, "noise_seed=1.5 is not allowed"),
+    ],
+)
+def test_where_noise_cannot_come_from_is_refused(arguments, sentence):
+    with pytest.raises(InvalidArgumentError, match=sentence):
+        DPKerasSGDOptimizer(1.0, 1.0, **arguments)
+
+
+def test_secure_noise_also_where_sums_are_added_up_and_no_step_without_it():
+    model = small_model()
+    optimizer = DPKerasSGDOptimizer(
+        1.0, 1.0, learning_rate=1.0, accumulation_steps=2, expected_batch_size=8, secure_noise=True
+    )
+    model.compile(optimizer, LOGITS)
+    before = trainable_values(model)
+    model.train_on_batch(X[:4], Y[:4])
+    assert_same(trainable_values(model), before, rtol=0)
+    model.train_on_batch(X[4:8], Y[4:8])
+    assert optimizer.privacy_steps == 1
+    assert all(np.abs(a - b).min() > 0 for a, b in zip(trainable_values(model), before, strict=True))
+
+
+def test_secure_noise_of_nothing_is_the_clipped_sum_itself():
+    start, ends = None, []
+    for secure in (False, True):
+        model = small_model()
+        start = start or model.get_weights()
+        model.set_weights(start)
+        model.compile(DPKerasSGDOptimizer(1.0, 0.0, learning_rate=1.0, secure_noise=secure), LOGITS)
+        model.train_on_batch(X, Y)
+        ends.append(trainable_values(model))
+    assert_same(*ends, rtol=1e-5)
 
 
 def test_the_step_counter_never_goes_back(tmp_path):

@@ -16,6 +16,7 @@ from tfprivacy_ft.callbacks import EpsilonCallback
 from tfprivacy_ft.compute_epsilon import compute_epsilon
 from tfprivacy_ft.errors import BudgetExceededError, DatasetError, InvalidArgumentError, LedgerDamagedError
 from tfprivacy_ft.keras_compat import IS_KERAS_3
+from tfprivacy_ft.noise import DiscreteGaussianNoise
 from tfprivacy_ft.optimizers import DPKerasAdamOptimizer, DPKerasSGDOptimizer
 from tfprivacy_ft.plan import PrivacyPlan
 
@@ -445,6 +446,59 @@ def test_what_was_released_in_memory_moves_to_the_folder(tmp_path):
     model.fit(plan.batches(X, Y), callbacks=plan.callbacks(tmp_path), verbose=0)
     plan.close()
     assert counts(ledger.read(tmp_path).events) == {("poisson", 12, 12)}
+
+
+SEED_SENTENCE = "the noise was drawn from noise_seed=11, for tests"
+
+
+def test_a_test_seed_is_in_the_ledger_and_first_in_every_report(tmp_path):
+    plan = make_plan()
+    model = tf.keras.Sequential([layers.Input((5,)), layers.Dense(3)])
+    model.compile(
+        plan.optimizer(DPKerasSGDOptimizer, l2_norm_clip=1.0, learning_rate=0.1, noise_seed=11),
+        CrossEntropy(from_logits=True),
+    )
+    unused = plan.report()
+    for folder in ("first", "second"):  # a folder that comes later is told as well
+        model.fit(plan.batches(X, Y), callbacks=plan.callbacks(tmp_path / folder), verbose=0)
+        plan.settle()
+        (note,) = [note for note in ledger.read(tmp_path / folder).notes if note.kind == ledger.TEST_SEED]
+        assert note.text.startswith(SEED_SENTENCE)
+    for report in (unused, plan.report(), compute_epsilon(tmp_path / "first")):
+        assert str(report).startswith(f"WARNING: {SEED_SENTENCE}") and str(report).count("noise_seed") == 1
+        (warning,) = report.to_dict()["warnings"]
+        assert "whatever epsilon says" in warning
+        assert all("noise_seed" not in sentence for sentence in report.to_dict()["not_covered"])
+    assert plan.epsilon() == pytest.approx(poisson_epsilon(6), rel=1e-3)  # the computed one, all the same
+
+
+def test_a_loaded_optimizer_with_a_test_seed_is_recorded_too(tmp_path):
+    model = tf.keras.Sequential([layers.Input((5,)), layers.Dense(3)])
+    optimizer = make_plan().optimizer(DPKerasSGDOptimizer, l2_norm_clip=1.0, learning_rate=0.1, noise_seed=11)
+    model.compile(optimizer, CrossEntropy(from_logits=True))
+    model.fit(X, Y, verbose=0)
+    model.save(tmp_path / "model.keras")
+    plan = make_plan()
+    plan.attach(tf.keras.models.load_model(tmp_path / "model.keras").optimizer)
+    assert str(plan.report()).startswith(f"WARNING: {SEED_SENTENCE}")
+
+
+def test_no_seed_no_warning():
+    plan = make_plan()
+    make_model(plan).fit(plan.batches(X, Y), callbacks=plan.callbacks(), verbose=0)
+    assert "WARNING" not in str(plan.report()) and plan.report().to_dict()["warnings"] == []
+
+
+def test_secure_noise_passes_through_a_plan_and_a_saved_model(tmp_path):
+    plan = make_plan()
+    model = tf.keras.Sequential([layers.Input((5,)), layers.Dense(3)])
+    optimizer = plan.optimizer(DPKerasSGDOptimizer, l2_norm_clip=1.0, learning_rate=0.1, secure_noise=True)
+    model.compile(optimizer, CrossEntropy(from_logits=True))
+    model.fit(plan.batches(X, Y), callbacks=plan.callbacks(), verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = tf.keras.models.load_model(tmp_path / "model.keras").optimizer
+    assert loaded.get_config()["secure_noise"] is True
+    assert isinstance(loaded.mechanism.noise, DiscreteGaussianNoise)
 
 
 def test_a_loaded_model_goes_on_in_the_same_ledger(tmp_path):
