@@ -8,6 +8,7 @@ noise alone, which counts. Knows nothing of how a round is computed.
 import dataclasses
 import functools
 import importlib.util
+import logging
 import math
 import os
 import secrets
@@ -22,7 +23,8 @@ from federated.averaging import AveragingProcess
 from federated.clients import ClientData, poisson_cohort, sampling_probability
 from tfprivacy_ft import _check, accounting
 from tfprivacy_ft.compute_epsilon import Report, compute_epsilon
-from tfprivacy_ft.errors import DatasetError, InvalidArgumentError
+from tfprivacy_ft.errors import BudgetExceededError, DatasetError, InvalidArgumentError
+from tfprivacy_ft.events import Event
 from tfprivacy_ft.ledger import EVALUATION, Ledger
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ __all__ = ["SimulationResult", "simulate"]
 
 Evaluate = Callable[["tf.keras.Model"], Mapping[str, float]] | tuple[Any, Any]
 _DEFAULT_LOOKS = 20
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +77,7 @@ def simulate(
     rounds: int,
     delta: float,
     clients_per_round: float | None = None,
+    target_epsilon: float | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     state: Any = None,
     evaluate: Evaluate | None = None,
@@ -91,6 +96,8 @@ def simulate(
         rounds: >= 1.
         delta: Of the epsilon reported, in (0, 1), well below 1 / len(clients).
         clients_per_round: Expected size of a cohort. The process knows it; any other number is refused.
+        target_epsilon: The budget of one client, > 0, for the whole ledger, also one that is continued: the round that would
+            pass it does not run, and the state is that of the last one that may; a warning is logged. None for no limit.
         run_dir: Folder of the run's ledger, continued if there is one; None keeps the ledger in memory.
         state: A state to go on from; None starts from the initial weights of the model.
         evaluate: Examples and labels held out, (x, y), or a function from a Keras model to a dictionary of figures. If
@@ -105,6 +112,7 @@ def simulate(
     Raises:
         InvalidArgumentError: An argument is outside its range, or contradicts the process.
         DatasetError: There are no clients, or a client's data do not fit the model.
+        BudgetExceededError: The target leaves no room for a single round.
         LedgerError: The ledger could not be written; the round that it was for did not run.
     """
     if not isinstance(process, AveragingProcess):
@@ -118,24 +126,32 @@ def simulate(
     _check_clients(clients)
     _check_cohort(process, clients_per_round)
     accounting.check_delta(delta, len(clients))
+    if target_epsilon is not None:
+        _check.positive(target_epsilon=target_epsilon)
     event = process.event(len(clients))
     look = _evaluator(evaluate, process)
     q = sampling_probability(len(clients), process.facts.expected_clients_per_round)
     rng = np.random.default_rng(secrets.randbits(256))
     history: list[dict[str, float]] = []
-    facts = {"algorithm": "federated averaging", "num_clients": len(clients), **dataclasses.asdict(process.facts)}
+    facts = {
+        "algorithm": "federated averaging",
+        "num_clients": len(clients),
+        "target_epsilon": target_epsilon,
+        **dataclasses.asdict(process.facts),
+    }
     make = Ledger.in_memory if run_dir is None else functools.partial(Ledger.open, run_dir)
     with make(delta=delta, facts=facts) as ledger, _ending_worker_on_interrupt():
+        allowed = _allowed_rounds(rounds, event, ledger, target_epsilon, delta)
         if look is not None:
             ledger.note(EVALUATION.kind, EVALUATION.text)  # ahead of the first look
         state = process.initialize() if state is None else state  # type: ignore[attr-defined]
-        with _bar(rounds, progress) as show:
+        with _bar(allowed, progress) as show:
             reserved: list[int] = []
-            for number in range(1, rounds + 1):
+            for number in range(1, allowed + 1):
                 reserved.append(ledger.reserve(event))
                 cohort = [clients[int(i)] for i in poisson_cohort(len(clients), q, rng)]
                 state = process.next(state, cohort).state  # type: ignore[attr-defined]
-                if number % every == 0 or number == rounds:
+                if number % every == 0 or number == allowed:
                     # A reservation counts in full until it is settled, so many can be settled together.
                     ledger.settle(reserved, event.with_count(len(reserved)))
                     reserved.clear()
@@ -144,8 +160,26 @@ def simulate(
                         ledger.figures(figures)
                     history.append({"round": number, "epsilon": _client_epsilon(ledger, delta), **figures})
                 show(number, history)
+        if allowed < rounds:
+            _log.warning(
+                "training stopped after round %d of %d: epsilon %.4g is spent, and the target %s leaves no room for another "
+                "round.", allowed, rounds, _client_epsilon(ledger, delta), target_epsilon,
+            )  # fmt: skip
         report = compute_epsilon(ledger, delta=delta)
     return SimulationResult(process=process, state=state, history=history, report=report)
+
+
+def _allowed_rounds(rounds: int, event: Event, ledger: Ledger, target_epsilon: float | None, delta: float) -> int:
+    """How many of these rounds the budget allows, on top of what the ledger holds."""
+    if target_epsilon is None:
+        return rounds
+    left = accounting.releases_left(event, spent=ledger.events(), target_epsilon=target_epsilon, delta=delta)
+    if left == 0:
+        raise BudgetExceededError(
+            f"the ledger holds epsilon {_client_epsilon(ledger, delta):.4g} at delta {delta}, and the target {target_epsilon} "
+            "leaves no room for a round: stop here, allow a larger epsilon, or start a run in another folder."
+        )
+    return min(rounds, left)
 
 
 def _check_clients(clients: Any) -> None:

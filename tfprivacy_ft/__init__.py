@@ -30,7 +30,18 @@ _HOMES = {
     "BestOf": "search",
     "poisson_batches": "sampling",
 }
-_MODULES = ("accounting", "audit", "clipping", "compute_epsilon", "datasets", "errors", "events", "ledger", "models")
+_MODULES = (
+    "accounting",
+    "audit",
+    "clipping",
+    "compute_epsilon",
+    "datasets",
+    "errors",
+    "events",
+    "ledger",
+    "models",
+    "report",
+)
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 

@@ -37,6 +37,7 @@ __all__ = [
     "epsilon_without_amplification",
     "gaussian_epsilon",
     "quiet_accountant",
+    "releases_left",
     "renyi_divergences",
     "solve_batch_size",
     "solve_noise_multiplier",
@@ -415,6 +416,46 @@ def solve_steps(
     if accountant == "pld" and not _has_closed_form(_releases([*spent, _repeat(event, 1)])):
         start = max(1, _largest_count(lambda units: excess(units, "rdp"), 1, most // pass_length))
     return pass_length * _largest_count(lambda units: excess(units, accountant), start, most // pass_length)
+
+
+def releases_left(event: Event, *, spent: Iterable[Event], target_epsilon: float, delta: float) -> int:
+    """How many more releases like `event` fit into the target after everything that was spent.
+
+    Args:
+      event: as in `solve_steps`.
+      spent: what was released before, of whatever unit; what does not concern the event's unit is left aside.
+      target_epsilon, delta: as in `solve_steps`.
+
+    Returns:
+      0 where none does, or the target was passed already.
+
+    Raises:
+      InvalidArgumentError, UnsupportedEventError: as in `solve_steps`.
+
+    Example:
+      >>> event = Event.unknown(count=1, noise_multiplier=10.0)
+      >>> releases_left(event, spent=[event.with_count(60)], target_epsilon=4.3772, delta=1e-5)
+      40
+    """
+    # What was spent by clients is reported beside this, never added; the event is in it for its unit to be known.
+    *before, one = concerning(event.unit, [*spent, event])
+    kind = _kind(one)
+    alike = sum(e.participations for e in before if _kind(e) == kind)
+    others = tuple(e for e in before if _kind(e) != kind)
+    return max(0, _most_releases(one, others, target_epsilon, delta) - alike * _pass_length(one))
+
+
+def _kind(event: Event) -> Event:
+    return dataclasses.replace(event, count=0, participations=0)
+
+
+@functools.lru_cache(maxsize=64)
+def _most_releases(event: Event, spent: tuple[Event, ...], target_epsilon: float, delta: float) -> int:
+    """Kept, since a budget is asked before every block of steps; 0 where the target was passed already."""
+    try:
+        return solve_steps(target_epsilon=target_epsilon, delta=delta, event=event, spent=spent)
+    except BudgetExceededError:
+        return 0
 
 
 def solve_batch_size(

@@ -4,8 +4,6 @@ Every step of a run passes here, whether `fit`, `train_on_batch` or a resumed pr
 vouches for is recorded as one that saw every example.
 """
 
-import dataclasses
-import functools
 import threading
 import time
 import warnings
@@ -208,24 +206,6 @@ class Recorder:
         """Steps that fit into the target on top of everything reserved or released so far."""
         if self._target is None:
             return _LARGEST_BLOCK
-        length = self._sampling.pass_length or 1
-        one = self._event(self._sampling, length)
-        kind = _kind(one)
-        # What was spent by clients is reported beside this, never added.
-        spent = accounting.concerning(one.unit, [*self._ledger().events(), one])[:-1]
-        alike = sum(e.participations for e in spent if _kind(e) == kind)
-        others = tuple(e for e in spent if _kind(e) != kind)
-        return _most_steps(one, others, self._target, self._delta) - alike * length
-
-
-def _kind(event: Event) -> Event:
-    return dataclasses.replace(event, count=0, participations=0)
-
-
-@functools.lru_cache(maxsize=64)
-def _most_steps(event: Event, spent: tuple[Event, ...], target_epsilon: float, delta: float) -> int:
-    """Steps like `event` that fit into the target after `spent`; 0 where the target was passed already."""
-    try:
-        return accounting.solve_steps(target_epsilon=target_epsilon, delta=delta, event=event, spent=spent)
-    except BudgetExceededError:
-        return 0
+        one = self._event(self._sampling, self._sampling.pass_length or 1)
+        spent = self._ledger().events()
+        return accounting.releases_left(one, spent=spent, target_epsilon=self._target, delta=self._delta)

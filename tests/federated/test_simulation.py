@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 
 import federated
-from tfprivacy_ft import ledger
-from tfprivacy_ft.errors import DatasetError, InvalidArgumentError
+from tfprivacy_ft import accounting, ledger
+from tfprivacy_ft.errors import BudgetExceededError, DatasetError, InvalidArgumentError
+from tfprivacy_ft.events import Event
 
 DELTA = 1e-3
 
@@ -35,6 +36,32 @@ def test_a_second_run_in_the_same_folder_adds_up(noisy, clients, tmp_path):
     second = simulate(noisy, clients, run_dir=tmp_path, state=first.state)
     assert ledger.read(tmp_path).events[0].count == 6
     assert second.epsilon > first.epsilon
+
+
+def test_the_round_that_would_pass_the_budget_does_not_run(noisy, clients, tmp_path, caplog):
+    one = noisy.event(10)
+    target = accounting.epsilon(one.with_count(5), DELTA) * 1.0001
+    first = simulate(noisy, clients, run_dir=tmp_path, rounds=3, target_epsilon=target)
+    assert ledger.read(tmp_path).events[0].count == 3 and not caplog.records
+    second = simulate(noisy, clients, run_dir=tmp_path, rounds=9, target_epsilon=target, state=first.state)
+    assert ledger.read(tmp_path).events[0].count == 5
+    assert [entry["round"] for entry in second.history] == [1, 2]
+    assert 0.999 * target < second.epsilon <= target
+    assert "training stopped after round 2 of 9: epsilon" in caplog.text
+    with pytest.raises(BudgetExceededError, match="leaves no room for a round"):
+        simulate(noisy, clients, run_dir=tmp_path, target_epsilon=target, state=second.state)
+    assert ledger.read(tmp_path).events[0].count == 5
+    with pytest.raises(InvalidArgumentError, match="target_epsilon=0"):
+        simulate(noisy, clients, target_epsilon=0)
+
+
+def test_what_examples_spent_is_not_taken_from_the_budget_of_clients(noisy, clients, tmp_path):
+    with ledger.Ledger.open(tmp_path, delta=DELTA) as book:
+        other = Event.unknown(count=100, noise_multiplier=0.1)
+        book.settle([book.reserve(other)], other)
+    target = accounting.epsilon(noisy.event(10).with_count(2), DELTA) * 1.0001
+    simulate(noisy, clients, run_dir=tmp_path, rounds=9, target_epsilon=target)
+    assert [event.count for event in ledger.read(tmp_path).events if event.unit == "client"] == [2]
 
 
 def test_rounds_are_reserved_before_they_run(noisy, clients, tmp_path, monkeypatch):
