@@ -10,7 +10,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from tfprivacy_ft import _check, accounting
 from tfprivacy_ft.compute_epsilon import Report, compute_epsilon
@@ -47,6 +47,7 @@ class PrivacyPlan:
         as the augmentations of an image. `num_examples` and `batch_size` count examples.
       examples_per_user: k >= 1, the most examples that belong to one person; then epsilon, and the budget, protect a person
         with all of them. None protects single examples, which is less than it sounds where records are not people.
+      unit: `"example"` or `"user"`, who is protected, to have it said and checked; None goes by `examples_per_user`.
 
     Raises:
       InvalidArgumentError: an argument is outside its range.
@@ -69,6 +70,7 @@ class PrivacyPlan:
     accumulation_steps: int = 1
     rows_per_example: int = 1
     examples_per_user: int | None = None
+    unit: Literal["example", "user"] | None = None
 
     def __post_init__(self):
         _check_sizes(self.num_examples, self.batch_size, self.epochs)
@@ -81,6 +83,7 @@ class PrivacyPlan:
             _check.positive_integer(steps_per_block=self.steps_per_block)
         if self.examples_per_user is not None:
             _check.positive_integer(examples_per_user=self.examples_per_user)
+        self.unit = _unit(self.unit, self.examples_per_user)
         if self.noise_multiplier == 0:
             warnings.warn("noise_multiplier=0 adds no noise: epsilon is infinite, nothing is private.", stacklevel=3)
         self._ledger = Ledger.in_memory(delta=self.delta, facts=self._facts())
@@ -100,13 +103,14 @@ class PrivacyPlan:
         accumulation_steps: int = 1,
         rows_per_example: int = 1,
         examples_per_user: int | None = None,
+        unit: Literal["example", "user"] | None = None,
     ) -> "PrivacyPlan":
         """The plan with the least noise that keeps Poisson batches within `target_epsilon`; never less privacy.
 
         Args:
           target_epsilon: > 0, by the PLD accountant, for adding or removing one example, or one user.
           delta, num_examples, batch_size, epochs, steps_per_block, accumulation_steps, rows_per_example,
-            examples_per_user: as in the class.
+            examples_per_user, unit: as in the class.
 
         Raises:
           InvalidArgumentError: an argument is outside its range, or no noise reaches the target.
@@ -121,6 +125,7 @@ class PrivacyPlan:
         _check.open_unit_interval(delta=delta)
         if examples_per_user is not None:
             _check.positive_integer(examples_per_user=examples_per_user)
+        _unit(unit, examples_per_user)
         steps = math.ceil(num_examples / batch_size) * epochs
         sampling = Sampling("poisson", num_examples, batch_size / num_examples)
 
@@ -141,6 +146,7 @@ class PrivacyPlan:
             accumulation_steps,
             rows_per_example,
             examples_per_user,
+            unit,
         )
 
     @property
@@ -424,8 +430,20 @@ class PrivacyPlan:
             "accumulation_steps",
             "rows_per_example",
             "examples_per_user",
+            "unit",
         )
         return {name: getattr(self, name) for name in fields}
+
+
+def _unit(unit: str | None, examples_per_user: int | None) -> Literal["example", "user"]:
+    """Who is protected, if what was said of it agrees."""
+    implied: Literal["example", "user"] = "example" if examples_per_user is None else "user"
+    if unit not in (None, implied):
+        raise InvalidArgumentError(
+            f"unit={unit!r} with examples_per_user={examples_per_user} is not allowed: give unit='user' and the most examples "
+            "of one user, or unit='example' and None."
+        )
+    return implied
 
 
 def _check_sizes(num_examples: int, batch_size: int, epochs: int) -> None:

@@ -164,6 +164,14 @@ def test_a_plan_for_users_counts_all_of_their_examples():
         plan.batches(X, Y, user_ids=np.arange(N - 1))
 
 
+def test_a_plan_says_who_is_protected_and_refuses_what_does_not_agree():
+    assert (make_plan().unit, make_plan(examples_per_user=1).unit) == ("example", "user")
+    assert make_plan(unit="user", examples_per_user=2).ledger.facts["unit"] == "user"
+    for changes in ({"unit": "user"}, {"unit": "example", "examples_per_user": 2}, {"unit": "patient"}):
+        with pytest.raises(InvalidArgumentError, match=r"unit='\w+' with examples_per_user=\w+ is not allowed"):
+            make_plan(**changes)
+
+
 def test_what_a_plan_for_users_spent_is_gone_from_the_budget_of_examples(tmp_path):
     first = make_plan(examples_per_user=2)
     make_model(first).fit(first.batches(X, Y), callbacks=first.callbacks(tmp_path), verbose=0)
