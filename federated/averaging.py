@@ -37,6 +37,8 @@ class AveragingFacts:
         client_learning_rate, server_learning_rate, server_momentum: Of the two optimizers.
         batch_size: Examples per local step.
         local_epochs: Passes of a client over its examples in one round.
+        proximal_strength: How strongly clients are pulled back to the server's weights.
+        server_optimizer: Name of the server's optimizer.
     """
 
     l2_norm_clip: float
@@ -47,6 +49,8 @@ class AveragingFacts:
     server_momentum: float
     batch_size: int
     local_epochs: int
+    proximal_strength: float = 0.0
+    server_optimizer: str = "sgd"
 
     def __post_init__(self) -> None:
         _check.positive(
@@ -55,7 +59,7 @@ class AveragingFacts:
             client_learning_rate=self.client_learning_rate,
             server_learning_rate=self.server_learning_rate,
         )
-        _check.non_negative(noise_multiplier=self.noise_multiplier)
+        _check.non_negative(noise_multiplier=self.noise_multiplier, proximal_strength=self.proximal_strength)
         _check.positive_integer(batch_size=self.batch_size, local_epochs=self.local_epochs)
         momentum = self.server_momentum
         if not (isinstance(momentum, int | float) and 0 <= momentum < 1):
@@ -142,6 +146,8 @@ def build_averaging(
     expected_clients_per_round: float,
     server_learning_rate: float = 1.0,
     server_momentum: float = 0.0,
+    server_optimizer: Any = None,
+    proximal_strength: float = 0.0,
     batch_size: int = 32,
     local_epochs: int = 1,
     example_spec: tuple["tf.TensorSpec", "tf.TensorSpec"] | None = None,
@@ -170,6 +176,10 @@ def build_averaging(
         expected_clients_per_round: The constant denominator, > 0.
         server_learning_rate: Of the server's SGD, > 0.
         server_momentum: Of the server's SGD, in [0, 1).
+        server_optimizer: A `tff.learning.optimizers` optimizer, such as `build_yogi(0.01)`, in place of SGD (FedOpt); it
+            sees noised means only, and costs no privacy. It has a learning rate of its own.
+        proximal_strength: mu >= 0: a client's loss also has mu/2 times the squared distance of its weights from the server's
+            (FedProx), which keeps unlike clients together; 0 is FedAvg.
         batch_size: Examples per local step, for clients given as arrays, >= 1.
         local_epochs: Passes over a client's examples in a round, for clients given as arrays, >= 1.
         example_spec: Shape and type of one example and of one label, without the batch axis. By default read from
@@ -188,8 +198,11 @@ def build_averaging(
         MissingDependencyError: TFF is not installed.
 
     Source: McMahan et al., "Learning Differentially Private Recurrent Language Models", ICLR 2018,
-        https://arxiv.org/abs/1710.06963, algorithm 1 with flat clipping and the fixed-denominator estimator.
+        https://arxiv.org/abs/1710.06963, algorithm 1 with flat clipping and the fixed-denominator estimator. Reddi et al.,
+        "Adaptive Federated Optimization", ICLR 2021, for other server optimizers; Li et al., "Federated Optimization in
+        Heterogeneous Networks", MLSys 2020, for the proximal term.
     """
+    _check_server_optimizer(server_optimizer, server_learning_rate, server_momentum)
     facts = AveragingFacts(
         l2_norm_clip=l2_norm_clip,
         noise_multiplier=noise_multiplier,
@@ -199,6 +212,8 @@ def build_averaging(
         server_momentum=server_momentum,
         batch_size=batch_size,
         local_epochs=local_epochs,
+        proximal_strength=proximal_strength,
+        server_optimizer="sgd" if server_optimizer is None else type(server_optimizer).__name__.strip("_").lower(),
     )
     shards = min(os.cpu_count() or 1, 8) if shards is None else shards
     _check.positive_integer(shards=shards)
@@ -209,9 +224,14 @@ def build_averaging(
     stateless, keras_model = client_work.stateless_model(model)
     spec = example_spec or _example_spec(keras_model, loss)
     work, weights_type = client_work.build_client_work(
-        stateless, loss, learning_rate=client_learning_rate, l2_norm_clip=l2_norm_clip, example_spec=spec
+        stateless,
+        loss,
+        learning_rate=client_learning_rate,
+        l2_norm_clip=l2_norm_clip,
+        example_spec=spec,
+        proximal_strength=proximal_strength,
     )
-    composed = _compose(tff, stateless, work, weights_type, facts)
+    composed = _compose(tff, stateless, work, weights_type, facts, server_optimizer)
     packer = packing.Packer(
         x_spec=spec[0],
         y_spec=spec[1],
@@ -223,7 +243,30 @@ def build_averaging(
     return _process_class()(composed, facts, packer, loss, model)
 
 
-def _compose(tff: Any, model: client_work.StatelessModel, work: Any, weights_type: Any, facts: AveragingFacts) -> Any:
+def _check_server_optimizer(optimizer: Any, learning_rate: float, momentum: float) -> None:
+    if optimizer is None:
+        return
+    tff = runtime.require_tff()
+    if not isinstance(optimizer, tff.learning.optimizers.Optimizer):
+        raise InvalidArgumentError(
+            f"server_optimizer is a {type(optimizer).__name__}: give one of tff.learning.optimizers, such as "
+            "tff.learning.optimizers.build_yogi(0.01)."
+        )
+    if (learning_rate, momentum) != (1.0, 0.0):
+        raise InvalidArgumentError(
+            f"server_learning_rate={learning_rate} and server_momentum={momentum} are for the server's SGD and do not go with "
+            "server_optimizer: give them to that optimizer."
+        )
+
+
+def _compose(
+    tff: Any,
+    model: client_work.StatelessModel,
+    work: Any,
+    weights_type: Any,
+    facts: AveragingFacts,
+    server_optimizer: Any,
+) -> Any:
     import tensorflow as tf
 
     @tff.tensorflow.computation()
@@ -232,8 +275,10 @@ def _compose(tff: Any, model: client_work.StatelessModel, work: Any, weights_typ
             *([tf.constant(value) for value in values] for values in (model.trainable, model.non_trainable))
         )
 
-    # Keras and TFF agree that no momentum is none, TFF only if it is not told 0.
-    momentum = {"momentum": facts.server_momentum} if facts.server_momentum else {}
+    if server_optimizer is None:
+        # Keras and TFF agree that no momentum is none, TFF only if it is not told 0.
+        momentum = {"momentum": facts.server_momentum} if facts.server_momentum else {}
+        server_optimizer = tff.learning.optimizers.build_sgdm(facts.server_learning_rate, **momentum)
     return tff.learning.templates.compose_learning_process(
         initial_weights,
         tff.learning.templates.build_broadcast_process(weights_type),
@@ -244,9 +289,7 @@ def _compose(tff: Any, model: client_work.StatelessModel, work: Any, weights_typ
             noise_multiplier=facts.noise_multiplier,
             denominator=facts.expected_clients_per_round,
         ),
-        tff.learning.templates.build_apply_optimizer_finalizer(
-            tff.learning.optimizers.build_sgdm(facts.server_learning_rate, **momentum), weights_type
-        ),
+        tff.learning.templates.build_apply_optimizer_finalizer(server_optimizer, weights_type),
     )
 
 

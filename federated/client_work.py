@@ -171,6 +171,7 @@ def train_side_by_side(
     x: "tf.Tensor",
     y: "tf.Tensor",
     rows: "tf.Tensor",
+    proximal_strength: float = 0.0,
 ) -> tuple["tf.Tensor", ...]:
     """Trains k clients from the same weights by SGD, each on its own batches.
 
@@ -182,6 +183,7 @@ def train_side_by_side(
         x, y: Examples and labels (n, ...).
         rows: int32 (k, steps, b): which examples each client takes in each step. A negative number -r - 1 is padding
             and stands for a row r of the same client. A client with nothing but padding in a step skips it.
+        proximal_strength: mu >= 0: each client's loss also has mu/2 times the squared distance from the server's weights.
 
     Returns:
         One tensor (k, ...) per trainable variable: the server's weights minus the client's.
@@ -198,8 +200,13 @@ def train_side_by_side(
             objective = mean + penalty
         gradients = tape.gradient(objective, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         return tuple(
-            tf.where(examples > 0, w - tf.cast(learning_rate, w.dtype) * tf.convert_to_tensor(g), w)
-            for w, g in zip(weights, gradients, strict=True)
+            tf.where(examples > 0, w - tf.cast(learning_rate, w.dtype) * pulled(tf.convert_to_tensor(g), w, server), w)
+            for w, g, server in zip(weights, gradients, trainable, strict=True)
+        )
+
+    def pulled(gradient, weight, server):
+        return (
+            gradient + tf.cast(proximal_strength, weight.dtype) * (weight - server) if proximal_strength else gradient
         )
 
     def body(i, weights):
@@ -228,6 +235,7 @@ def build_client_work(
     learning_rate: float,
     l2_norm_clip: float,
     example_spec: tuple["tf.TensorSpec", "tf.TensorSpec"],
+    proximal_strength: float = 0.0,
 ) -> tuple[Any, Any]:
     """Builds the TFF client work: groups of clients in, their clipped sum out.
 
@@ -237,6 +245,7 @@ def build_client_work(
         learning_rate: Of the clients, > 0.
         l2_norm_clip: Largest norm of one client's update, > 0.
         example_spec: Shape and type of one example and of one label, without the batch axis.
+        proximal_strength: As in `train_side_by_side`.
 
     Returns:
         A `tff.learning.templates.ClientWorkProcess`, and the TFF type of the model's weights. Its data are sequences
@@ -271,7 +280,9 @@ def build_client_work(
         @tf.function(autograph=False)
         def train(trainable, non_trainable, x, y, rows):
             def add_group(i, total):
-                updates = train_side_by_side(model, each_loss, learning_rate, trainable, non_trainable, x, y, rows[i])
+                updates = train_side_by_side(
+                    model, each_loss, learning_rate, trainable, non_trainable, x, y, rows[i], proximal_strength
+                )
                 clipped = aggregation.clipped_sum(updates, l2_norm_clip)
                 return i + 1, tuple(a + b for a, b in zip(total, clipped, strict=True))
 

@@ -115,6 +115,78 @@ def test_without_noise_it_equals_stock_tff_on_ragged_clients(tff, make_process, 
     assert moved > 1e-3
 
 
+@pytest.mark.parametrize("name", ["adagrad", "adam", "yogi"])
+def test_server_optimizers_equal_stock_tff(tff, make_process, draw_clients, name):
+    import tensorflow as tf
+
+    def build():
+        return models.build_model("mlp", (DIM,), CLASSES, hidden_units=(8,))
+
+    def server_optimizer():
+        return getattr(tff.learning.optimizers, f"build_{name}")(0.05)
+
+    loss = tf.keras.losses.SparseCategoricalCrossentropy()
+    ours = make_process(build, loss=loss, l2_norm_clip=0.3, server_optimizer=server_optimizer())
+    stock = tff.learning.algorithms.build_unweighted_fed_avg(
+        lambda: tff.learning.models.from_keras_model(
+            build(), loss=loss, input_spec=(tf.TensorSpec([None, DIM], tf.float32), tf.TensorSpec([None], tf.int32))
+        ),
+        tff.learning.optimizers.build_sgdm(0.1),
+        server_optimizer(),
+        model_aggregator=tff.aggregators.DifferentiallyPrivateFactory.gaussian_fixed(0.0, 4, 0.3),
+    )
+    clients = [
+        tf.data.Dataset.from_tensor_slices(arrays).batch(8).repeat(3) for arrays in draw_clients([5, 9, 17], scale=3.0)
+    ]
+    start = build()
+    state = ours.start_from(start)
+    as_stock = tff.learning.models.ModelWeights([v.numpy() for v in start.trainable_weights], [])
+    stock_state = stock.set_model_weights(stock.initialize(), as_stock)
+    for _ in range(2):
+        state, stock_state = ours.next(state, clients).state, stock.next(stock_state, clients).state
+    for a, b in zip(trainable(ours, state), trainable(stock, stock_state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    assert ours.facts.server_optimizer == name
+
+
+def test_the_proximal_term_is_half_its_strength_times_the_squared_distance_from_the_server(make_process, draw_clients):
+    import tensorflow as tf
+
+    strength, epochs = 2.0, 6
+    (client,) = clients = draw_clients([40], scale=3.0)
+    changes = {"local_epochs": epochs, "batch_size": 40, "expected_clients_per_round": 1, "l2_norm_clip": 1e3}
+    process = make_process(proximal_strength=strength, **changes)
+    model = process.model()
+    state = process.start_from(model)
+    server = [v.numpy() for v in model.trainable_weights]
+    loss = tf.keras.losses.SparseCategoricalCrossentropy()
+    for _ in range(epochs):
+        with tf.GradientTape() as tape:
+            away = sum(tf.reduce_sum((v - w) ** 2) for v, w in zip(model.trainable_weights, server, strict=True))
+            objective = loss(client[1], model(client[0], training=True)) + strength / 2 * away
+        for gradient, v in zip(tape.gradient(objective, model.trainable_weights), model.trainable_weights, strict=True):
+            v.assign_sub(0.1 * gradient)
+    for ours, expected in zip(trainable(process, process.next(state, clients).state), model.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"server_optimizer": "yogi"}, "server_optimizer is a str: give one of tff.learning.optimizers"),
+        ({"proximal_strength": -1.0}, "proximal_strength=-1.0 is not allowed"),
+    ],
+)
+def test_settings_of_the_server_and_of_clients_get_one_sentence(make_process, changes, sentence):
+    with pytest.raises(InvalidArgumentError, match=sentence):
+        make_process(**changes)
+
+
+def test_a_server_optimizer_has_its_own_learning_rate(tff, make_process):
+    with pytest.raises(InvalidArgumentError, match="do not go with server_optimizer"):
+        make_process(server_optimizer=tff.learning.optimizers.build_adam(0.01), server_learning_rate=0.5)
+
+
 def test_a_client_of_arrays_trains_like_keras(noiseless, make_process, draw_clients):
     process = make_process(l2_norm_clip=1e6, expected_clients_per_round=1, batch_size=100, local_epochs=3)
     model = process.model()

@@ -63,8 +63,10 @@ def test_a_right_training_is_not_contradicted_and_much_of_its_epsilon_is_found()
 
 
 def a_tenth_of_the_noise(monkeypatch):
-    like = noise.GaussianNoise.like
-    monkeypatch.setattr(noise.GaussianNoise, "like", lambda self, values, stddev: like(self, values, stddev / 10))
+    draw = noise.GaussianNoise.draw
+    monkeypatch.setattr(
+        noise.GaussianNoise, "draw", lambda self, values, clip, multiplier: draw(self, values, clip, multiplier / 10)
+    )
 
 
 def ten_times_the_clip(monkeypatch):
