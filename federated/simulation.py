@@ -234,8 +234,8 @@ def _evaluator(evaluate: Evaluate | None, process: AveragingProcess) -> Callable
 
 def _client_epsilon(ledger: Ledger, delta: float) -> float:
     """Epsilon of one client; what the ledger holds for other units is in the report, side by side."""
-    own = [event for event in ledger.events() if event.unit == "client" and event.sampler == "poisson"]
-    return accounting.epsilon(own, delta)
+    own = [event for event in ledger.events() if event.unit == "client"]
+    return max((account.epsilon for account in accounting.accounts(own, delta)), default=0.0)
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class Account:
       unit: who is protected.
       relation: which data sets epsilon cannot tell apart.
       delta: the delta that every epsilon here goes with.
-      epsilon_pld: by privacy loss distributions (the closed form of the Gaussian where nothing was sampled); None
+      epsilon_pld: by privacy loss distributions (the closed form where nothing was sampled of Gaussian noise); None
         where no such bound is known (fixed-size cohorts).
       epsilon_rdp: by Renyi differential privacy, as a cross-check.
       epsilon_without_amplification: the same releases with every unit in every release it could have been in: what
@@ -107,7 +107,8 @@ def epsilon(
 ) -> float:
     """The epsilon spent by `events` together, never under-reported.
 
-    Where nothing was sampled, `"pld"` is the exact closed form of the Gaussian mechanism.
+    Where nothing was sampled and all noise is Gaussian, `"pld"` is the exact closed form. Laplace noise is taken for the
+    worst mechanism that is as private, which holds for sums of any number of values.
 
     Args:
       events: releases that share unit and relation; events whose count is 0 are ignored.
@@ -150,7 +151,7 @@ def epsilon_without_amplification(events: Event | Iterable[Event], delta: float)
       delta: in (0, 1).
 
     Returns:
-      The closed form of the Gaussian mechanism; 0.0 if nothing was released, `math.inf` without noise.
+      The closed form if all noise is Gaussian; 0.0 if nothing was released, `math.inf` without noise.
 
     Raises:
       InvalidArgumentError: delta is outside its range.
@@ -576,9 +577,10 @@ def _release(event: Event, noise_factor: float) -> _Release:
     if event.sampler == "fixed":
         cohort_size, population = int(event.cohort_size or 1), int(event.population or 1)
         # Replacing one unit moves the sum by twice the clip: to the accountant, half the noise.
-        if cohort_size < population:
+        if cohort_size < population and group == 1:
             return _Release("fixed", noise / 2, times, cohort_size=cohort_size, population=population, mechanism=law)
-        return _Release("everyone", noise / 2, times, mechanism=law)
+        # What sampling without replacement hides of a group is not known here, so all of it is taken to be in each.
+        return _Release("everyone", noise / 2, times, group=group, mechanism=law)
     if event.sampler == "tree":
         # A leaf is in one node of each level, and all nodes are released at once: one release, with their sensitivities
         # added up as the norm does.
@@ -642,7 +644,7 @@ def _pure_epsilon(releases: Iterable[_Release]) -> float | None:
     return total
 
 
-# The closed form.
+# Without sampling.
 
 
 def _unsampled_epsilon(releases: Iterable[_Release], delta: float) -> float:
@@ -836,6 +838,7 @@ def _by_group_lemma(
 # Privacy loss distributions.
 
 _MOST_CELLS = 500_000  # of a grid of losses; one evaluation then takes about a second at most
+_MOST_PURE_EPSILON = 500.0  # the exponential of larger ones is beyond floating point
 _TAIL = 1e-22  # the mass that PLD's own truncation leaves out, about e^-50
 
 
@@ -937,6 +940,8 @@ def _pld_epsilon(releases: tuple[_Release, ...], delta: float, interval: float |
     if _is_sampled(releases) or _has_closed_form(releases):
         bound = min(bound, _unsampled_epsilon(releases, delta))
     if _has_closed_form(releases) or any(release.noise_multiplier == 0 for release in releases):
+        return bound
+    if any(release.mechanism == "laplace" and release.pure_epsilon > _MOST_PURE_EPSILON for release in releases):
         return bound
     if _needs_lemma(releases) and not _has_mixtures():
         return min(bound, _by_group_lemma(functools.partial(_pld_epsilon, interval=interval), releases, delta))

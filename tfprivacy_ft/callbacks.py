@@ -75,7 +75,7 @@ class EpsilonCallback(keras.callbacks.Callback):
         norms = None if histogram is None else histogram.take()
         if norms is not None:
             self._plan.ledger.gradient_norms(norms)
-        held_out = {name: float(value) for name, value in (logs or {}).items() if name.startswith("val_")}
+        held_out = {name: value for name, value in (logs or {}).items() if name.startswith("val_")}
         if held_out:
             self._plan.record_figures(held_out)
         if logs is not None:

@@ -76,7 +76,7 @@ class Report:
             "delta": self.delta,
             "source": self.source,
             "recorded": self.recorded,
-            "accounts": [_account_to_dict(account) for account in self.accounts],
+            "accounts": [_account_to_dict(account, can_be_private=not warnings(self)) for account in self.accounts],
             "notes": [dataclasses.asdict(note) for note in self.notes],
             "not_covered": not_covered(self),
             "warnings": warnings(self),
@@ -94,13 +94,14 @@ class Report:
         """A table with one row for each account under a row of names, for spreadsheets; floats in full, "inf" if infinite."""
         table = io.StringIO()
         writer = csv.DictWriter(
-            table, [*_CSV_FIELDS, "releases", "samplers", "source", "recorded"], lineterminator="\n"
+            table, [*_CSV_FIELDS, "releases", "samplers", "source", "recorded", "warnings"], lineterminator="\n"
         )
         writer.writeheader()
         for account in self.accounts:
             row = {name: getattr(account, name) for name in _CSV_FIELDS}
             row |= {"releases": account.releases, "samplers": " ".join(account.samplers)}
-            writer.writerow(row | {"source": self.source, "recorded": self.recorded})
+            row |= {"source": self.source, "recorded": self.recorded, "warnings": " ".join(warnings(self))}
+            writer.writerow(row)
         return table.getvalue()
 
     def __str__(self) -> str:
@@ -457,7 +458,7 @@ def dpftrl(
         noise_multiplier=noise_multiplier,
         population=num_examples,
         unit="example" if examples_per_user is None else "user",
-        examples_per_user=examples_per_user or 1,
+        examples_per_user=1 if examples_per_user is None else examples_per_user,
     )
     return _report([event], delta, None, _TYPED_IN, recorded=False)
 
@@ -485,6 +486,8 @@ def best_of(report: Report, *, distribution: Distribution, mean: float) -> Repor
       Papernot & Steinke 2022, "Hyperparameter Tuning with Renyi Differential Privacy", Theorems 2 and 6.
     """
     search = BestOf(distribution, mean)
+    if report.search is not None:
+        raise InvalidArgumentError("the report is on a search already: give the report on one of its runs.")
 
     def searched(account: Account) -> Account:
         return dataclasses.replace(
@@ -546,7 +549,7 @@ def _json_number(value: float | None) -> float | str | None:
     return "Infinity" if value is not None and math.isinf(value) else value
 
 
-def _account_to_dict(account: Account) -> dict[str, Any]:
+def _account_to_dict(account: Account, can_be_private: bool) -> dict[str, Any]:
     return {
         "unit": account.unit,
         "relation": account.relation,
@@ -555,7 +558,7 @@ def _account_to_dict(account: Account) -> dict[str, Any]:
         "epsilon": _json_number(account.epsilon),
         "accountant": account.accountant,
         "by_group_lemma": account.by_group_lemma,
-        "is_private": math.isfinite(account.epsilon),
+        "is_private": can_be_private and math.isfinite(account.epsilon),
         "epsilon_pld": _json_number(account.epsilon_pld),
         "epsilon_rdp": _json_number(account.epsilon_rdp),
         "epsilon_without_amplification": _json_number(account.epsilon_without_amplification),

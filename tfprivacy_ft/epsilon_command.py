@@ -16,6 +16,7 @@ from tfprivacy_ft._command import add_completion, with_option_names
 from tfprivacy_ft.compute_epsilon import Report, best_of, compose, compute_epsilon, dpftrl, dpsgd, fedavg, solve
 from tfprivacy_ft.errors import InvalidArgumentError, PrivacyError
 from tfprivacy_ft.statement import figure
+from tfprivacy_ft.statement import warnings as doubts
 
 __all__ = ["main"]
 
@@ -39,6 +40,10 @@ examples:
 
   What a run really spent, from the ledger in its folder, and whether that is within 3:
     compute-epsilon run runs/mnist --budget 3
+
+  The best of a number of such runs, which was drawn beforehand with a mean of 10:
+    compute-epsilon dpsgd --num-examples 60000 --batch-size 256 --noise-multiplier 1.1 --epochs 60 --delta 1e-5 \\
+      --best-of geometric --mean 10
 
   What two runs on the same data spent together, and a table for a spreadsheet of each by itself:
     compute-epsilon compose runs/head runs/all
@@ -170,7 +175,7 @@ def _add_mechanism(parser: argparse.ArgumentParser) -> None:
         "--mechanism",
         choices=("gaussian", "laplace"),
         default="gaussian",
-        help="of the noise; for laplace, the clip is of the l1 norm, and delta may be 0 (default: gaussian)",
+        help="of the noise; laplace, for which the clip is of the l1 norm, also has an epsilon for delta 0 (default: gaussian)",
     )
 
 
@@ -238,7 +243,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _check.positive(budget=budget)
             distribution, mean = options.pop("best_of", None), options.pop("mean", None)
             if (distribution is None) != (mean is None):
-                raise InvalidArgumentError(f"mean={mean} does not go with best_of={distribution}: give both, or none.")
+                missing = (
+                    f"mean={mean} needs --best-of" if distribution is None else f"best_of={distribution} needs --mean"
+                )
+                raise InvalidArgumentError(f"{missing} too: give both, or none.")
             reports = _reports(command, options)
             if distribution is not None:
                 reports = [best_of(report, distribution=distribution, mean=mean) for report in reports]
@@ -247,7 +255,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return MISTAKE
     for message in dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, UserWarning)):
         sys.stderr.write(f"compute-epsilon: warning: {with_option_names(message, names)}\n")
+    worthless = dict.fromkeys(sentence for report in reports for sentence in doubts(report))
+    for sentence in worthless if as_json or as_csv else ():  # the text begins with them
+        sys.stderr.write(f"compute-epsilon: warning: {sentence}\n")
     sys.stdout.write(_written(reports, "json" if as_json else "csv" if as_csv else "text"))
+    if budget is not None and worthless:
+        sys.stderr.write("compute-epsilon: no epsilon is within --budget where there is no privacy.\n")
+        return OVER_BUDGET
     if budget is not None and _largest(reports) > budget:
         sys.stderr.write(f"compute-epsilon: epsilon {figure(_largest(reports))} is over --budget {budget:g}.\n")
         return OVER_BUDGET

@@ -117,6 +117,10 @@ class Event:
                 f"cohort_size={self.cohort_size} must lie between 1 and population={self.population}."
             )
 
+        if self.sampler != "tree" and self.leaves_per_tree is not None:
+            raise InvalidArgumentError(
+                f"leaves_per_tree={self.leaves_per_tree} does not go with sampler={self.sampler!r}: leave it out."
+            )
         if self.sampler == "tree":
             _check.positive_integer(leaves_per_tree=self.leaves_per_tree)
             assert self.leaves_per_tree is not None

@@ -40,7 +40,8 @@ from tfprivacy_ft.events import Event, merge
 
 FILE_NAME = "ledger.jsonl"
 HEAD_NAME = "ledger.head.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of what is written
+_READABLE = (1, 2)  # 1 had no records on figures, gradient norms and what was trained, and no mechanism in its events
 
 TEST_SEED = "test seed"  # the kind of note that says that a seed made the noise
 
@@ -100,7 +101,7 @@ class GradientNorms:
     Args:
       edges: of the histogram's bins, increasing, in the unit of the gradients.
       counts: examples in each bin, one fewer than edges; the first and the last bin also hold what lies beyond.
-      clipped: how many examples were longer than the clip, and were shortened.
+      clipped: how many examples were longer than the clip.
     """
 
     edges: tuple[float, ...]
@@ -277,22 +278,32 @@ class Ledger:
         """Closes this ledger, which is in memory, and records all of it in a folder's, which is created or continued.
 
         Raises:
-          LedgerError: as in `open`, or this ledger is on the disk already; it then stays open.
+          LedgerError: as in `open`, or this ledger is on the disk already; it then stays open. What was written of it by
+            then counts, and again if it is moved once more.
         """
         if self._journal is not None:
             raise LedgerError(f"{self._journal.file} is on the disk already: open a ledger in the other folder.")
         with self._lock:
             moved = Ledger.open(path_dir, delta=self.delta, facts=self.facts)
-            numbers: dict[int, int] = {}
-            for number, (kind, body) in enumerate(self._in_memory, start=2):  # the first record is the opening
-                if kind == "note":
-                    moved.note(body["note"], body["text"])
-                    continue
-                if kind == "settle":
-                    body = body | {"reservations": [numbers[reserved] for reserved in body["reservations"]]}
-                numbers[number] = moved._append(kind, body)
+            try:
+                self._copy_to(moved)
+            except BaseException:
+                moved.close()
+                raise
             self.close()
         return moved
+
+    def _copy_to(self, other: "Ledger") -> None:
+        numbers: dict[int, int] = {}
+        for number, (kind, body) in enumerate(self._in_memory, start=2):  # the first record is the opening
+            if kind == "note":
+                other.note(body["note"], body["text"])
+            elif kind == "trained":
+                other.trained(Trained(**body))
+            elif kind == "settle":
+                other._append(kind, body | {"reservations": [numbers[reserved] for reserved in body["reservations"]]})
+            else:
+                numbers[number] = other._append(kind, body)
 
     def reserve(self, event: Event) -> int:
         """Writes down releases before they happen; they may run as soon as this returns.
@@ -622,8 +633,8 @@ def _parse_head(data: bytes, file: pathlib.Path) -> _Head:
     try:
         fields = json.loads(data)
         head = _Head(fields["records"], fields["hash"])
-        if fields["format"] != FORMAT_VERSION or not isinstance(head.records, int):
-            raise ValueError(f"format {fields['format']!r} is not {FORMAT_VERSION}")
+        if fields["format"] not in _READABLE or not isinstance(head.records, int):
+            raise ValueError(f"format {fields['format']!r} is not one of {_READABLE}")
     except (KeyError, TypeError, ValueError) as error:
         raise LedgerDamagedError(
             f"{file.with_name(HEAD_NAME)} cannot be read ({error!r}), so nobody can tell whether records of {file} are "
@@ -637,8 +648,8 @@ def _parse_record(line: bytes, state: _State, file: pathlib.Path) -> dict[str, A
     number = state.records + 1
     try:
         record = json.loads(line)
-        if record["format"] != FORMAT_VERSION:
-            raise ValueError(f"its format is {record['format']!r}, and this version reads {FORMAT_VERSION}")
+        if record["format"] not in _READABLE:
+            raise ValueError(f"its format is {record['format']!r}, and this version reads {_READABLE}")
         if record["sequence"] != number:
             raise ValueError(f"it calls itself record {record['sequence']!r}")
         if record["previous"] != state.last_hash:
@@ -712,7 +723,22 @@ def _verify_pair(data: bytes | None, head_bytes: bytes | None, file: pathlib.Pat
             f"{file.with_name(HEAD_NAME)} is missing, so nobody can tell whether records of {file} were cut off: "
             "restore it from a backup, or start a new run folder."
         )
+    _refuse_newer(data or b"", head_bytes, file)
     return _verify(data or b"", _parse_head(head_bytes, file), file)
+
+
+def _refuse_newer(data: bytes, head_bytes: bytes, file: pathlib.Path) -> None:
+    """Refuses what a later version wrote: head and last record say so both, as no accident to one of them does."""
+    try:
+        formats = [json.loads(text)["format"] for text in (head_bytes, data.rstrip(b"\n").rpartition(b"\n")[2])]
+        newer = all(isinstance(number, int) and number > FORMAT_VERSION for number in formats)
+    except (KeyError, TypeError, ValueError):
+        return
+    if newer:
+        raise LedgerError(
+            f"{file} was written by a newer version of this package (format {max(formats)}, and this one reads up to "
+            f"{FORMAT_VERSION}): read it with that version."
+        )
 
 
 def _read_bytes(file: pathlib.Path) -> bytes | None:

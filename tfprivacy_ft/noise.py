@@ -19,6 +19,8 @@ from tfprivacy_ft.errors import UnsupportedModelError
 
 AddNoise = Callable[[Sequence[tf.Tensor]], list[tf.Tensor]]
 
+_PHILOX = 1  # TensorFlow's number for it; its counter is used here, and not its words
+
 _in_this_process: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -123,7 +125,7 @@ class DiscreteGaussianNoise:
     def __init__(self):
         with tf.init_scope():
             self._key = tf.Variable(_fresh_key(), trainable=False, name="noise_key")
-            self._used = tf.Variable(0, dtype=tf.int64, trainable=False, name="noise_blocks_used")
+            self._counter = tf.Variable(tf.zeros([3], tf.int64), trainable=False, name="noise_blocks_used")
         _in_this_process.add(self)
 
     def new_key(self) -> None:
@@ -154,8 +156,9 @@ class DiscreteGaussianNoise:
 
     def _integers(self, count: int) -> tf.Tensor:
         needed = discrete_gaussian.blocks(count)
-        first = self._used.assign_add(needed, read_value=True) - needed
-        return discrete_gaussian.discrete_gaussian(tf.bitcast(self._key, tf.uint32), first, count)
+        # One op reads the counter and moves it by 256 times `needed`, so that of two threads none gets the other's blocks.
+        before = tf.raw_ops.RngReadAndSkip(resource=self._counter.handle, alg=_PHILOX, delta=tf.cast(needed, tf.uint64))
+        return discrete_gaussian.discrete_gaussian(tf.bitcast(self._key, tf.uint32), before[0], count)
 
 
 def _on_grid(total: tf.Tensor, noise: tf.Tensor, steps_per_unit: tf.Tensor) -> tf.Tensor:

@@ -83,7 +83,7 @@ class PrivacyPlan:
             _check.positive_integer(steps_per_block=self.steps_per_block)
         if self.examples_per_user is not None:
             _check.positive_integer(examples_per_user=self.examples_per_user)
-        self.unit = _unit(self.unit, self.examples_per_user)
+        _unit(self.unit, self.examples_per_user)
         if self.noise_multiplier == 0:
             warnings.warn("noise_multiplier=0 adds no noise: epsilon is infinite, nothing is private.", stacklevel=3)
         self._ledger = Ledger.in_memory(delta=self.delta, facts=self._facts())
@@ -260,6 +260,7 @@ class PrivacyPlan:
         mechanism, noise = optimizer.mechanism, optimizer.noise_multiplier
         clip = None if mechanism.moving_clip is not None else optimizer.l2_norm_clip
         mechanism.has_plan = True
+        mechanism_or_none = weakref.ref(mechanism)  # the recorder lives as long as the mechanism, and must not keep it
 
         def event(sampling: Sampling, steps: int) -> Event:
             return sampling.event(
@@ -278,7 +279,7 @@ class PrivacyPlan:
             delta=self.delta,
             steps_per_block=self.steps_per_block,
             accumulator=mechanism.accumulator,
-            trained=lambda: mechanism.trained,
+            trained=lambda: getattr(mechanism_or_none(), "trained", None),
         )
         self._note_mechanisms()
 
@@ -369,14 +370,18 @@ class PrivacyPlan:
 
         Args:
           figures: by name, such as what `model.evaluate(x, y, return_dict=True)` returns, of data that are public: figures
-            of private data are releases without noise, and every report lists them.
+            of private data are releases without noise, and every report lists them. What is more than one number, such as
+            a score for each class, is left out.
 
         Raises:
           InvalidArgumentError: a value is no number.
           LedgerError: the ledger cannot be written.
         """
+        import numpy as np
+
         self.settle()
-        self._ledger.figures(figures)
+        values = {name: np.asarray(value) for name, value in figures.items()}
+        self._ledger.figures({name: value.item() for name, value in values.items() if value.ndim == 0})
 
     @property
     def ledger(self) -> Ledger:
@@ -430,9 +435,8 @@ class PrivacyPlan:
             "accumulation_steps",
             "rows_per_example",
             "examples_per_user",
-            "unit",
         )
-        return {name: getattr(self, name) for name in fields}
+        return {"unit": _unit(self.unit, self.examples_per_user), **{name: getattr(self, name) for name in fields}}
 
 
 def _unit(unit: str | None, examples_per_user: int | None) -> Literal["example", "user"]:

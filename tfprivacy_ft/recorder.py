@@ -131,9 +131,10 @@ class Recorder:
         with self._lock:
             if self._running not in (None, threading.get_ident()):
                 return
-            self._record_trained()
             done = self._guard.done
             ran = done - self._started
+            if ran > 0:
+                self._record_trained()
             if self._open:
                 self._ledger().settle(self._open, self._event(self._sampling, ran) if ran else None)
             elif ran > 0:  # steps that were under way when their reservation was settled

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import tfprivacy_ft
-from tfprivacy_ft import accounting, ledger
+from tfprivacy_ft import accounting, ledger, statement
 from tfprivacy_ft.compute_epsilon import Report, compute_epsilon
 from tfprivacy_ft.errors import InvalidArgumentError, LedgerDamagedError
 from tfprivacy_ft.events import Event
@@ -338,7 +338,7 @@ def _run(
         name=name,
         report=report,
         contents=contents,
-        warnings=(*map(str, report.to_dict().get("warnings", ())), *_doubts_about_delta(report)),
+        warnings=(*statement.warnings(report), *_doubts_about_delta(report)),
         figure=figure,
         last_figures={key: value for moment in contents.history for key, value in moment.figures.items()},
         lines=_lines(contents, states, report.delta, tick),

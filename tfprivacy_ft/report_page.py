@@ -98,6 +98,7 @@ def render(report: RunsReport) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"figure": statement.figure, "moment": _time, "number": _number, "protects": _protects}
+    environment.filters |= {"last_look": _last_look}
     return environment.get_template("report.html.j2").render(
         report=report,
         generator=GENERATOR,
@@ -132,6 +133,16 @@ def _number(value: Any) -> str:
 
 def _protects(line: Line | Account) -> str:
     return f"one {line.unit}, {line.relation.replace('_', ' ')}"
+
+
+def _last_look(run: Run) -> str:
+    """The run's last figure, and when it was looked at, if more was released since."""
+    text = f"{run.figure}: {_number(run.last_figures[str(run.figure)])}"
+    for line in run.lines:
+        seen = [point for point in line.points if point.figure is not None]
+        if seen and line.points[-1].figure is None:
+            return f"{text}, after {seen[-1].releases:,} of {line.points[-1].releases:,} {_releases([line])}"
+    return text
 
 
 _NO_FIGURE = (

@@ -88,10 +88,9 @@ def _sampling_in_words(event: Event) -> str:
             "(shuffled: no amplification by sampling)"
         )
     if event.sampler == "tree":
-        trees = "one tree" if event.participations == 1 else f"each of {event.participations:,} trees"
         return (
-            f"{event.count:,} {releases} as leaves of {trees} of partial sums, in which no {unit}{of} is more than once (no "
-            "amplification by sampling)"
+            f"{event.count:,} {releases} in {_trees(event)}, in each of which no {unit}{of} is more than once (no amplification "
+            "by sampling)"
         )
     if event.sampler == "fixed":
         return f"{event.count:,} {releases} of exactly {event.cohort_size:,}{of} {unit}s, drawn without replacement"
@@ -107,12 +106,19 @@ def _noise_in_words(event: Event) -> str:
     return f"noise multiplier {event.noise_multiplier:g}"
 
 
+def _trees(event: Event) -> str:
+    trees = "one tree" if event.participations == 1 else f"{event.participations:,} trees"
+    return f"{trees} of partial sums with at most {event.leaves_per_tree:,} leaves"
+
+
 def sampling_rate(event: Event) -> str:
     """How much of the data one release saw: a probability, a size, or, without sampling, how often one unit took part."""
     if event.sampler == "poisson":
         return f"q = {event.sampling_probability:.4g}"
     if event.sampler == "fixed":
         return f"{event.cohort_size:,} of {event.population:,}"
+    if event.sampler == "tree":
+        return _trees(event)
     return f"each at most {event.participations:,} times"
 
 

@@ -505,6 +505,18 @@ def test_users_and_examples_stand_side_by_side():
         accounting.epsilon(events, 1e-5)
 
 
+@pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
+@pytest.mark.parametrize("cohort_size", [100, 1000])
+def test_a_user_in_cohorts_of_a_fixed_size_counts_with_all_of_its_examples(mechanism, cohort_size):
+    event = Event.fixed(count=10, noise_multiplier=8.0, cohort_size=cohort_size, population=1000, mechanism=mechanism)
+    of_one = dataclasses.replace(event, unit="user")
+    of_five = dataclasses.replace(of_one, examples_per_user=5)
+    (one,), (five,) = accounting.accounts(of_one, 1e-5), accounting.accounts(of_five, 1e-5)
+    assert five.epsilon >= 5 * one.epsilon > 0
+    everyone = Event.unknown(count=10, noise_multiplier=8.0 / 2 / 5, mechanism=mechanism)
+    assert five.epsilon == pytest.approx(accounting.epsilon(everyone, 1e-5), rel=1e-9)
+
+
 # Laplace noise.
 
 
@@ -565,6 +577,12 @@ def test_cohorts_of_a_fixed_size_have_a_pure_epsilon_and_a_pld_bound():
     (account,) = accounting.accounts(event, 1e-5)
     assert account.epsilon_pure == pytest.approx(5 * math.log(1 + 0.01 * (math.exp(2 / 4.0) - 1)), rel=1e-12)
     assert account.relation == "replace_one" and 0 < account.epsilon_pld <= account.epsilon_pure
+
+
+@pytest.mark.parametrize("noise", [1e-3, 1e-200])
+def test_hardly_any_laplace_noise_is_hardly_any_privacy(noise):
+    (account,) = accounting.accounts(laplace(poisson(0.01, noise, 3)), 1e-5)
+    assert 100 < account.epsilon <= account.epsilon_pure <= account.epsilon_without_amplification
 
 
 def test_a_user_has_as_many_pure_epsilons_as_examples():

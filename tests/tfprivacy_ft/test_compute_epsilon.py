@@ -292,10 +292,12 @@ def test_laplace_noise_is_stated_with_its_pure_epsilon():
 
 def test_trees_are_stated_as_what_they_are():
     report = dpftrl(num_examples=1000, batch_size=1, noise_multiplier=5.0, epochs=2, delta=1e-6)
-    assert "2,000 steps as leaves of each of 2 trees of partial sums" in " ".join(str(report).split())
+    assert "2,000 steps in 2 trees of partial sums with at most 1,000 leaves, in each of which" in " ".join(
+        str(report).split()
+    )
     (account,) = report.accounts
     assert (account.relation, account.epsilon) == ("zero_out", account.epsilon_without_amplification)
-    assert "one tree of" in " ".join(
+    assert "one tree of partial sums with at most 3 leaves" in " ".join(
         str(dpftrl(num_examples=9, batch_size=4, noise_multiplier=5.0, epochs=1, delta=1e-3)).split()
     )
     with pytest.raises(InvalidArgumentError, match="batch_size"):

@@ -12,6 +12,7 @@ from tfprivacy_ft import cli, epsilon_command
 from tfprivacy_ft.compute_epsilon import dpsgd, fedavg
 from tfprivacy_ft.epsilon_command import main
 from tfprivacy_ft.events import Event
+from tfprivacy_ft.ledger import TEST_SEED
 
 
 def words(arguments, **changes):
@@ -100,7 +101,7 @@ def test_the_command_solves(capsys):
         (["dpsgd", *words(DPSGD, delta="2")], "--delta 2"),
         (["fedavg", *words(FEDAVG, clients_per_round=0)], "--clients-per-round 0"),
         (["run", "no/such/run"], "there is no ledger"),
-        (["dpsgd", *words(DPSGD), "--mean", "10"], "--mean 10.0 does not go with --best-of None"),
+        (["dpsgd", *words(DPSGD), "--mean", "10"], "--mean 10.0 needs --best-of too"),
         (["dpsgd", *words(DPSGD), "--best-of", "geometric", "--mean", "0.5"], "--mean 0.5 is not allowed"),
     ],
 )
@@ -134,7 +135,7 @@ def test_help_has_worked_examples(command, capsys):
 def test_the_examples_of_the_help_work(capsys):
     text = epsilon_command._EXAMPLES.replace("\\\n", " ")
     commands = [line.split()[1:] for line in text.splitlines() if line.strip().startswith("compute-epsilon ")]
-    assert len(commands) == 8
+    assert len(commands) == 9
     for argv in commands[:5]:
         assert main(argv) == 0
         assert "warning" not in capsys.readouterr().err
@@ -186,3 +187,13 @@ def test_the_module_is_a_command():
         [sys.executable, "-m", "tfprivacy_ft.epsilon_command", "run", os.devnull], capture_output=True, text=True
     )
     assert broken.returncode == 2 and "Traceback" not in broken.stderr
+
+
+@pytest.mark.parametrize("output", ["--csv", "--json"])
+def test_a_run_with_a_test_seed_is_within_no_budget(output, tmp_path, capsys):
+    run = a_run(tmp_path, [Event.unknown(count=1, noise_multiplier=4.0)], notes=[(TEST_SEED, "the noise was seeded.")])
+    assert main(["run", str(run), output, "--budget", "50"]) == epsilon_command.OVER_BUDGET
+    out, err = capsys.readouterr()
+    assert "the noise was seeded." in out and "warning: the noise was seeded." in err
+    if output == "--json":
+        assert strict_json(out)["accounts"][0]["is_private"] is False

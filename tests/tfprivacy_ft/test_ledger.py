@@ -385,6 +385,52 @@ def test_any_flipped_bit_is_found(tmp_path):
     assert steps_in(read(tmp_path)) == 20
 
 
+def test_a_ledger_of_a_newer_version_is_not_called_damaged(tmp_path):
+    write(tmp_path, 2)
+    for file in files(tmp_path):
+        file.write_text(file.read_text().replace('"format": 2', '"format": 3'))
+    with pytest.raises(LedgerError, match=r"newer version of this package \(format 3") as caught:
+        read(tmp_path)
+    assert not isinstance(caught.value, LedgerDamagedError)
+
+
+def test_a_ledger_of_the_first_format_is_read_and_continued(tmp_path):
+    lines, last = [], "0" * 64
+    event = {name: value for name, value in STEPS.to_dict().items() if name not in ("mechanism", "leaves_per_tree")}
+    bodies = [
+        {"kind": "open", "delta": 1e-5, "facts": {}, "software": {"python": "3.11"}, "dropped_bytes": 0},
+        {"kind": "reserve", "event": event},
+    ]
+    for number, body in enumerate(bodies, start=1):
+        record = {"format": 1, "sequence": number, "time": "2026-01-01T00:00:00+00:00", **body, "previous": last}
+        lines.append(json.dumps(record).encode() + b"\n")
+        last = ledger._hash(lines[-1])
+    file, head = files(tmp_path)
+    file.write_bytes(b"".join(lines))
+    head.write_text(json.dumps({"format": 1, "records": 2, "hash": last}))
+    assert read(tmp_path).events == (STEPS,)
+    write(tmp_path, 1)
+    assert read(tmp_path).events == (STEPS.with_count(20),)
+
+
+def test_a_move_that_fails_half_way_can_be_tried_again(tmp_path, monkeypatch):
+    book = Ledger.in_memory(delta=1e-4)
+    book.settle([book.reserve(STEPS)], STEPS)
+    append, seen = ledger._Journal.append, []
+
+    def full(journal, line):
+        seen.append(line)
+        if len(seen) == 3:
+            raise OSError(28, "no space left on device")
+        append(journal, line)
+
+    monkeypatch.setattr(ledger._Journal, "append", full)
+    with pytest.raises(LedgerError, match="no space left"):
+        book.moved_to(tmp_path)
+    with book.moved_to(tmp_path) as moved:
+        assert steps_in(moved) == 20  # what was written at the first try counts too
+
+
 def test_an_edited_record_is_named(tmp_path):
     write(tmp_path, 3)
     file, _ = files(tmp_path)
@@ -421,7 +467,7 @@ def test_a_head_older_than_two_records_is_found(tmp_path):
         (b'"kind": "reserve"', b'"kind": "reward!"'),
         (b'"sampling_probability"', b'"sampling_percentage"'),
         (b'"noise_multiplier": 1.1', b'"noise_multiplier": "x"'),
-        (b'"format": 1', b'"format": 2'),
+        (b'"format": 2', b'"format": 3'),
         (b'"event": {', b'"events": {'),
     ],
 )

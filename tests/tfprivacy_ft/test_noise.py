@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -65,6 +66,25 @@ def test_untouched_embedding_rows_get_noise():
 
 
 @EITHER
+def test_two_threads_get_different_noise():
+    noise = DiscreteGaussianNoise()
+    draw = tf.function(lambda: noise.draw([tf.zeros([3])], 1.0, 1.0)([tf.zeros([3])])[0])
+    draw()
+    drawn = []
+
+    def steps():
+        for _ in range(1500):
+            drawn.append(draw().numpy().tobytes())
+
+    threads = [threading.Thread(target=steps) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # Three values of 2^23 or more each: two equal draws would be chance once in 10^14 runs.
+    assert len(set(drawn)) == len(drawn) == 3000
+
+
 def test_no_value_comes_twice(make):
     noise = make()
     draws = np.concatenate([draw(noise, [[1000]], 1.0)[0] for _ in range(20)])

@@ -1,8 +1,10 @@
 """The plan against dp_accounting: what the ledger says after what really ran, by whatever way it ran."""
 
 import dataclasses
+import gc
 import importlib.util
 import threading
+import weakref
 
 import dp_accounting
 import numpy as np
@@ -165,8 +167,9 @@ def test_a_plan_for_users_counts_all_of_their_examples():
 
 
 def test_a_plan_says_who_is_protected_and_refuses_what_does_not_agree():
-    assert (make_plan().unit, make_plan(examples_per_user=1).unit) == ("example", "user")
-    assert make_plan(unit="user", examples_per_user=2).ledger.facts["unit"] == "user"
+    assert make_plan().ledger.facts["unit"] == make_plan(unit="example").ledger.facts["unit"] == "example"
+    plan = dataclasses.replace(make_plan(), examples_per_user=1)
+    assert plan.ledger.facts["unit"] == dataclasses.replace(plan, unit="user").ledger.facts["unit"] == "user"
     for changes in ({"unit": "user"}, {"unit": "example", "examples_per_user": 2}, {"unit": "patient"}):
         with pytest.raises(InvalidArgumentError, match=r"unit='\w+' with examples_per_user=\w+ is not allowed"):
             make_plan(**changes)
@@ -223,6 +226,41 @@ def test_held_out_figures_are_kept_with_what_was_spent_by_then(tmp_path):
     assert [sum(event.count for event in moment.events) for moment in looks] == [6, 12, 12]
     assert [sorted(moment.figures) for moment in looks] == [["val_loss"], ["val_loss"], ["accuracy"]]
     assert ledger.EVALUATION in contents.notes
+
+
+class ForEachClass(tf.keras.metrics.Metric):
+    """A metric with more than one value, as Keras's F1Score."""
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        pass
+
+    def result(self):
+        return tf.constant([0.25, 0.5, 0.75])
+
+
+def test_a_metric_of_several_numbers_is_no_figure(tmp_path):
+    plan = make_plan()
+    model = make_model(plan, metrics=[ForEachClass(name="each")])
+    model.fit(plan.batches(X, Y), verbose=0, validation_data=(X, Y), callbacks=plan.callbacks(tmp_path))
+    plan.record_figures({"each": np.zeros(3), "all": np.float32(0.5), "tensor": tf.constant(0.25)})
+    plan.close()
+    looks = [moment.figures for moment in ledger.read(tmp_path).history if moment.figures]
+    assert [sorted(look) for look in looks] == [["val_loss"], ["all", "tensor"]]
+
+
+def test_an_optimizer_that_is_done_writes_no_more_and_can_be_freed(tmp_path):
+    plan = make_plan()
+    plan.record_in(tmp_path)
+    head, everything = make_model(plan), make_model(plan)
+    for model in (head, everything, everything):
+        model.train_on_batch(X, Y)
+        plan.settle()
+    assert len(ledger.read(tmp_path).trained) == 2
+    mechanism = weakref.ref(head.optimizer.mechanism)
+    del head, model
+    tf.keras.backend.clear_session()
+    gc.collect()
+    assert mechanism() is None
 
 
 def test_a_run_that_looks_at_nothing_lists_no_evaluation(tmp_path):

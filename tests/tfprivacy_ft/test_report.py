@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -11,10 +12,10 @@ from epsilon_helpers import strict_json
 from report_helpers import CLIENTS, NORMS, ONE, a_run
 
 from tfprivacy_ft import accounting, cli, statement
-from tfprivacy_ft.compute_epsilon import Report, compute_epsilon
+from tfprivacy_ft.compute_epsilon import compute_epsilon
 from tfprivacy_ft.errors import InvalidArgumentError, LedgerDamagedError, LedgerError
 from tfprivacy_ft.events import Event
-from tfprivacy_ft.ledger import Ledger, Trained
+from tfprivacy_ft.ledger import TEST_SEED, Ledger, Trained
 from tfprivacy_ft.report import FILE_NAME, gather, write_report
 
 
@@ -222,10 +223,21 @@ def test_nothing_released_is_epsilon_zero(tmp_path):
     assert statement.NOTHING_RELEASED in Page(report.to_html()).text
 
 
-def test_warnings_come_first(tmp_path, monkeypatch):
+def test_a_figure_from_before_the_end_says_so(tmp_path):
+    run = a_run(tmp_path / "run", [ONE], figure="accuracy")
+    assert "accuracy: 0.5, after" not in page_of(run).text
+    a_run(run, [ONE], figure=None)
+    text = page_of(run).text
+    assert re.search(r"accuracy: [0-9.]+, after (\d+) of (\d+) steps", text).groups() == (
+        str(ONE.count),
+        str(2 * ONE.count),
+    )
+
+
+def test_warnings_come_first(tmp_path):
     run = a_run(tmp_path / "run", [Event.unknown(count=1, noise_multiplier=4.0, population=50)], delta=0.1)
-    before = Report.to_dict
-    monkeypatch.setattr(Report, "to_dict", lambda self: {**before(self), "warnings": ["the noise was <seeded>."]})
+    with Ledger.open(run) as book:
+        book.note(TEST_SEED, "the noise was <seeded>.")
     page = page_of(run)
     assert 0 < page.text.index("the noise was <seeded>.") < page.text.index("delta=0.1 is not below 1/50")
     assert page.text.index("delta=0.1 is not below 1/50") < page.text.index("epsilon =")
