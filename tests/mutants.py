@@ -386,7 +386,7 @@ MUTANTS = (
         PLAN,
         "broke or two_fits",
     ),
-    Mutant("budget starts afresh", "recorder.py", " - alike * length", "", PLAN, "budget"),
+    Mutant("budget starts afresh", "accounting.py", " - alike * _pass_length(one)", "", PLAN, "budget"),
     Mutant(
         "sampling probability a tenth off",
         "sampling.py",

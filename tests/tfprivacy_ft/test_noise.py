@@ -66,8 +66,8 @@ def test_untouched_embedding_rows_get_noise():
 
 
 @EITHER
-def test_two_threads_get_different_noise():
-    noise = DiscreteGaussianNoise()
+def test_two_threads_get_different_noise(make):
+    noise = make()
     draw = tf.function(lambda: noise.draw([tf.zeros([3])], 1.0, 1.0)([tf.zeros([3])])[0])
     draw()
     drawn = []
@@ -85,6 +85,7 @@ def test_two_threads_get_different_noise():
     assert len(set(drawn)) == len(drawn) == 3000
 
 
+@EITHER
 def test_no_value_comes_twice(make):
     noise = make()
     draws = np.concatenate([draw(noise, [[1000]], 1.0)[0] for _ in range(20)])
