@@ -29,12 +29,25 @@ def page(tmp_path_factory):
     return write_report(runs, folder / "page.html")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def a_browser_that_runs(tmp_path_factory):
+    """Where not even an empty page can be shown, it is the machine that lacks something."""
+    folder = tmp_path_factory.mktemp("browser")
+    empty = folder / "empty.html"
+    empty.write_text("<!DOCTYPE html><title>empty</title>")
+    try:
+        browse(folder, empty, "--dump-dom")
+        browse(folder, empty, f"--screenshot={folder / 'empty.png'}")
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"chromium does not run here: {error}")
+
+
 def browse(folder, address, *options):
     """What Chromium prints on a page, in a profile of its own."""
     command = [
         CHROMIUM,
         *"--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split(),
-        *"--disable-component-update --disable-sync --hide-scrollbars".split(),
+        *"--disable-component-update --disable-sync --hide-scrollbars --disable-dev-shm-usage".split(),
         f"--user-data-dir={folder / 'profile'}",
         *options,
         address.as_uri(),
