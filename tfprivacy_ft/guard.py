@@ -49,8 +49,8 @@ class StepGuard:
 
     def allow_until(self, limit: int) -> None:
         """Moves the limit: steps up to `limit` have been reserved, for steps that were announced."""
-        self._reserved.assign(limit)
-        self._for_all.assign(False)
+        self._reserved.assign(limit, read_value=False)
+        self._for_all.assign(False, read_value=False)
 
     def enter(self, due: tf.Tensor | bool = True, announced: tf.Tensor | bool = True) -> tf.Tensor:
         """Adds to the graph under construction: reserve if needed, then count; a bool, whether the step may happen.

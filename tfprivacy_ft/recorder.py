@@ -113,8 +113,10 @@ class Recorder:
             self._running = None
             if self._accumulator is not None:
                 self._accumulator.finished()
-            self._allowed = self._guard.done
-            self._guard.allow_until(self._allowed)
+            done = self._guard.done
+            if done != self._allowed:  # else the limit is where it has to be
+                self._allowed = done
+                self._guard.allow_until(done)
             self._out_of_budget = self._allowed >= self._reserved and self._room() <= 0
             return not self._out_of_budget
 
