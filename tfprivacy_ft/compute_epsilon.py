@@ -65,6 +65,11 @@ class Report:
             )
         return self.accounts[0].epsilon if self.accounts else 0.0
 
+    def check_delta(self) -> None:
+        """Warns if delta is so large, for the fewest units that any release was made of, that it protects nobody."""
+        populations = [event.population for account in self.accounts for event in account.events if event.population]
+        accounting.check_delta(self.delta, min(populations, default=None))
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values that strict JSON can hold.
 
@@ -249,12 +254,16 @@ def dpsgd(
     Source:
       Abadi et al. 2016, "Deep Learning with Differential Privacy", Algorithm 1.
     """
+    _check_settings(num_examples, batch_size, noise_multiplier, delta)
+    event = _dpsgd_event(num_examples, batch_size, noise_multiplier, epochs, steps, sampling, examples_per_user)
+    return _report([dataclasses.replace(event, mechanism=mechanism)], delta, None, _TYPED_IN, recorded=False)
+
+
+def _check_settings(num_examples: int, batch_size: int, noise_multiplier: float, delta: float) -> None:
     _check.positive_integer(num_examples=num_examples, batch_size=batch_size)
     _check.at_most("num_examples", num_examples, batch_size=batch_size)
     _check.non_negative(noise_multiplier=noise_multiplier)
     accounting.check_delta(delta, num_examples)
-    event = _dpsgd_event(num_examples, batch_size, noise_multiplier, epochs, steps, sampling, examples_per_user)
-    return _report([dataclasses.replace(event, mechanism=mechanism)], delta, None, _TYPED_IN, recorded=False)
 
 
 def _dpsgd_event(
@@ -448,10 +457,8 @@ def dpftrl(
     Source:
       Kairouz et al. 2021, "Practical and Private (Deep) Learning without Sampling or Shuffling", Theorem 4.1.
     """
-    _check.positive_integer(num_examples=num_examples, batch_size=batch_size, epochs=epochs)
-    _check.at_most("num_examples", num_examples, batch_size=batch_size)
-    _check.non_negative(noise_multiplier=noise_multiplier)
-    accounting.check_delta(delta, num_examples)
+    _check_settings(num_examples, batch_size, noise_multiplier, delta)
+    _check.positive_integer(epochs=epochs)
     event = Event.tree(
         trees=epochs,
         leaves_per_tree=math.ceil(num_examples / batch_size),

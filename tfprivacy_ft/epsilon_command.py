@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tfprivacy_ft import _check, accounting
+from tfprivacy_ft import _check
 from tfprivacy_ft._command import add_completion, with_option_names
 from tfprivacy_ft.compute_epsilon import Report, best_of, compose, compute_epsilon, dpftrl, dpsgd, fedavg, solve
 from tfprivacy_ft.errors import InvalidArgumentError, PrivacyError
@@ -200,9 +200,7 @@ def _reports(command: str, options: dict[str, Any]) -> list[Report]:
     else:
         reports = [compute_epsilon(run_dir, delta=delta) for run_dir in run_dirs]
     for report in reports:
-        populations = [event.population for account in report.accounts for event in account.events if event.population]
-        if populations:
-            accounting.check_delta(report.delta, min(populations))
+        report.check_delta()
     return reports
 
 
