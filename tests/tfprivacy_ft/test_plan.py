@@ -426,6 +426,19 @@ def test_an_execution_that_ends_early_leaves_no_allowance():
     assert sum(events.values()) >= model.optimizer.privacy_steps
 
 
+def test_what_an_announced_execution_did_not_use_is_taken_back():
+    plan = make_plan()
+    model = make_model(plan)
+    recorder = plan.recorder(model.optimizer)
+    recorder.use(plan.sampling_of({"x": plan.batches(X, Y), "y": None, "batch_size": None, "steps_per_epoch": None}))
+    recorder.announce(4)
+    model.train_on_batch(X[:BATCH], Y[:BATCH])
+    recorder.finished()
+    model.train_on_batch(X, Y)
+    plan.settle()
+    assert {e.sampler: e.count for e in plan.ledger.events()} == {"poisson": 1, "unknown": 1}
+
+
 def test_a_gradient_that_is_never_applied_is_counted():
     plan = make_plan()
     optimizer = plan.optimizer(DPKerasSGDOptimizer, l2_norm_clip=1.0)
