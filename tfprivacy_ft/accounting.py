@@ -2,8 +2,8 @@
 
 A thin layer over dp_accounting. It promises that epsilon is never under-reported: every approximation here errs to
 the side of more epsilon, and what the solvers return was itself accounted and found within the target. Events of
-different units of privacy do not compose, nor do those for replacing one with the others: they are reported side by
-side (`accounts`), never added. Poisson releases are stated for adding or removing one; beside releases for zero-out they
+different units of privacy do not compose, nor do those for replacing one, or for local releases, with the others: they
+are reported side by side (`accounts`), never added. Poisson releases are stated for adding or removing one; beside releases for zero-out they
 are stated, at the same epsilon, for zero-out, and compose.
 
 It knows neither TensorFlow nor ledgers; dp_accounting is imported when a sampled event first needs it.
@@ -424,7 +424,8 @@ def releases_left(event: Event, *, spent: Iterable[Event], target_epsilon: float
 
     Args:
       event: as in `solve_steps`.
-      spent: what was released before, of whatever unit; what does not concern the event's unit is left aside.
+      spent: what was released before, of whatever unit; what does not concern the event's unit is left aside, and so are
+        local releases if the event is not one, and others if it is.
       target_epsilon, delta: as in `solve_steps`.
 
     Returns:
@@ -439,7 +440,8 @@ def releases_left(event: Event, *, spent: Iterable[Event], target_epsilon: float
       40
     """
     # What was spent by clients is reported beside this, never added; the event is in it for its unit to be known.
-    *before, one = concerning(event.unit, [*spent, event])
+    likewise = (e for e in spent if e.is_local == event.is_local)
+    *before, one = concerning(event.unit, [*likewise, event])
     kind = _kind(one)
     alike = sum(e.participations for e in before if _kind(e) == kind)
     others = tuple(e for e in before if _kind(e) != kind)
@@ -581,6 +583,8 @@ def _release(event: Event, noise_factor: float) -> _Release:
             return _Release("fixed", noise / 2, times, cohort_size=cohort_size, population=population, mechanism=law)
         # What sampling without replacement hides of a group is not known here, so all of it is taken to be in each.
         return _Release("everyone", noise / 2, times, group=group, mechanism=law)
+    if event.is_local:
+        return _Release("everyone", noise / 2, times, group=group, mechanism=law)  # any two reports are 2 clips apart
     if event.sampler == "tree":
         # A leaf is in one node of each level, and all nodes are released at once: one release, with their sensitivities
         # added up as the norm does.

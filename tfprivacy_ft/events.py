@@ -14,9 +14,9 @@ from tfprivacy_ft import _check
 from tfprivacy_ft.errors import InvalidArgumentError
 
 Unit = Literal["example", "user", "client"]
-Sampler = Literal["poisson", "shuffled", "fixed", "unknown", "tree"]
+Sampler = Literal["poisson", "shuffled", "fixed", "unknown", "tree", "local"]
 Mechanism = Literal["gaussian", "laplace"]
-Relation = Literal["add_or_remove_one", "zero_out", "replace_one"]
+Relation = Literal["add_or_remove_one", "zero_out", "replace_one", "local"]
 
 # Which neighbouring data sets each sampler is accounted for.
 RELATIONS: dict[str, Relation] = {
@@ -25,6 +25,7 @@ RELATIONS: dict[str, Relation] = {
     "fixed": "replace_one",
     "unknown": "zero_out",
     "tree": "zero_out",
+    "local": "local",
 }
 
 
@@ -37,15 +38,16 @@ class Event:
       sampler: how the units of one release were chosen. `"poisson"`: each independently with
         `sampling_probability`. `"shuffled"`: each at most once in a pass, no amplification. `"fixed"`:
         `cohort_size` of `population`, uniformly without replacement. `"unknown"`: anything else, taken to be
-        every unit in every release, once. `"tree"`: each at most once in each tree of partial sums.
+        every unit in every release, once. `"tree"`: each at most once in each tree of partial sums. `"local"`: no sum at
+        all, each unit releases by itself what it has clipped and noised, and whoever collects it knows whose it is.
       noise_multiplier: standard deviation of the noise divided by the clip, or scale of Laplace noise divided by the clip
         of the l1 norm; 0 means no privacy.
       count: releases (steps or rounds), >= 0.
       population: units that could take part, >= 1 (public); None where it is not known.
       sampling_probability: in (0, 1], for `"poisson"`.
       cohort_size: units in one release, for `"fixed"`.
-      participations: the most releases any one unit took part in: passes for `"shuffled"`, trees for `"tree"`, and `count`
-        otherwise.
+      participations: the most releases any one unit took part in: passes for `"shuffled"`, trees for `"tree"`, its own
+        reports for `"local"`, and `count` otherwise.
       l2_norm_clip: the clip, for the record; epsilon does not depend on it.
       examples_per_user: the most examples that one user has, >= 1, for the unit `"user"`. What is sampled and clipped, and
         counted in `population` and `participations`, is a single example.
@@ -134,6 +136,11 @@ class Event:
     def in_passes(self) -> bool:
         """Whether units take part once in each pass (or tree) of several releases, rather than in each release."""
         return self.sampler in ("shuffled", "tree")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it protects against whoever collects the releases, who sees each unit's own."""
+        return self.sampler == "local"
 
     @property
     def tree_levels(self) -> int:
@@ -297,6 +304,42 @@ class Event:
             l2_norm_clip=l2_norm_clip,
             examples_per_user=examples_per_user,
             leaves_per_tree=leaves_per_tree,
+        )
+
+    @classmethod
+    def local(
+        cls,
+        *,
+        count: int,
+        noise_multiplier: float,
+        participations: int | None = None,
+        population: int | None = None,
+        unit: Unit = "client",
+        l2_norm_clip: float | None = None,
+        mechanism: Mechanism = "gaussian",
+    ) -> "Event":
+        """`count` rounds in which units report one by one what they noised themselves (local differential privacy).
+
+        Any two reports of a unit are to look alike, which are up to twice the clip apart; that others report too, or that
+        the unit was drawn by lot, hides nothing from whoever collects the reports.
+
+        Args:
+          count: rounds, >= 0.
+          noise_multiplier: standard deviation (or scale) of the noise on one report divided by the clip, >= 0.
+          participations: the most rounds in which any one unit reported; None for all.
+          population, unit, l2_norm_clip, mechanism: as in the class.
+
+        Source: Kasiviswanathan et al. 2011, "What Can We Learn Privately?", Definition 2.3.
+        """
+        return cls(
+            unit=unit,
+            sampler="local",
+            noise_multiplier=noise_multiplier,
+            count=count,
+            participations=count if participations is None else participations,
+            population=population,
+            l2_norm_clip=l2_norm_clip,
+            mechanism=mechanism,
         )
 
 

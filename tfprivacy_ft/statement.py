@@ -37,6 +37,7 @@ _RELATIONS = {
     "add_or_remove_one": "whether {one} was in the data set at all (adding or removing one {unit})",
     "zero_out": "whether {one} was used or blanked out, how many there are being public (zeroing out one {unit})",
     "replace_one": "what {one} was, how many there are being public (replacing one {unit} by any other)",
+    "local": "which of any two reports {one} sent, though whoever collects them sees each by itself (local)",
 }
 _PROTECTED = {
     "example": "one training example",
@@ -91,6 +92,11 @@ def _sampling_in_words(event: Event) -> str:
         return (
             f"{event.count:,} {releases} in {_trees(event)}, in each of which no {unit}{of} is more than once (no amplification "
             "by sampling)"
+        )
+    if event.is_local:
+        return (
+            f"{event.count:,} {releases}, in at most {event.participations:,} of which any one {unit}{of} reported, with noise "
+            "that it added itself (local: no amplification by sampling)"
         )
     if event.sampler == "fixed":
         return f"{event.count:,} {releases} of exactly {event.cohort_size:,}{of} {unit}s, drawn without replacement"

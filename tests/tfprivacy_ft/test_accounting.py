@@ -642,3 +642,27 @@ def test_trees_are_solved_for_whole():
     steps = accounting.solve_steps(target_epsilon=2.0, delta=1e-5, event=tree)
     assert steps % 8 == 0 and steps > 0
     assert accounting.epsilon(Event.tree(trees=steps // 8, leaves_per_tree=8, noise_multiplier=10.0), 1e-5) <= 2.0
+
+
+def test_local_releases_are_two_clips_apart_and_not_amplified():
+    local = Event.local(count=5, participations=1, noise_multiplier=1.0)
+    assert accounting.epsilon(local, 1e-5) == pytest.approx(9.9973, abs=1e-4)  # published as 10.0 for sensitivity 2C
+    assert accounting.epsilon(local.with_count(4), 1e-5) == pytest.approx(
+        accounting.gaussian_epsilon(noise_multiplier=0.5, delta=1e-5, releases=4)
+    )
+    laplace = Event.local(count=1, noise_multiplier=4.0, mechanism="laplace")
+    assert accounting.epsilon(laplace, 1e-9) == pytest.approx(0.5, rel=1e-6)
+
+
+def test_local_and_central_releases_stand_side_by_side():
+    central = Event.poisson(count=10, noise_multiplier=1.0, sampling_probability=0.1, unit="client")
+    local = Event.local(count=10, noise_multiplier=20.0)
+    apart = accounting.accounts([central, local], 1e-5)
+    assert {a.relation: a.epsilon for a in apart} == {
+        event.relation: accounting.epsilon(event, 1e-5) for event in (central, local)
+    }
+    for event, other in ((central, local), (local, central)):
+        options = {"target_epsilon": 3.0, "delta": 1e-5}
+        assert accounting.releases_left(event, spent=[other], **options) == accounting.solve_steps(
+            event=event, **options
+        )

@@ -315,3 +315,12 @@ def test_a_search_is_stated_as_one(tmp_path):
     assert "the best of a number of such runs, drawn beforehand: geometric, 10 on average" in text
     assert "By PLD: no bound is known" in text and "A search for hyper-parameters" not in text
     assert strict_json(searched.to_json())["search"] == {"distribution": "geometric", "mean": 10}
+
+
+def test_local_releases_are_stated_as_what_they_are():
+    report = compute_epsilon([Event.local(count=30, participations=3, noise_multiplier=2.0, population=90)], delta=1e-3)
+    text = " ".join(str(report).split())
+    assert (
+        "30 rounds, in at most 3 of which any one client of 90 reported, with noise that it added itself (local" in text
+    )
+    assert "nobody can tell which of any two reports any one client sent" in text

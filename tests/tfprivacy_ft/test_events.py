@@ -12,7 +12,8 @@ FIXED = Event.fixed(count=5, noise_multiplier=1.0, cohort_size=10, population=10
 UNKNOWN = Event.unknown(count=7, noise_multiplier=0.5)
 OF_USER = Event.poisson(count=3, noise_multiplier=1.1, sampling_probability=0.01, unit="user", examples_per_user=4)
 TREE = Event.tree(trees=2, leaves_per_tree=9, noise_multiplier=1.0)
-ALL = [POISSON, SHUFFLED, FIXED, UNKNOWN, OF_USER, TREE, dataclasses.replace(POISSON, mechanism="laplace")]
+LOCAL = Event.local(count=9, participations=2, noise_multiplier=1.0)
+ALL = [POISSON, SHUFFLED, FIXED, UNKNOWN, OF_USER, TREE, LOCAL, dataclasses.replace(POISSON, mechanism="laplace")]
 
 
 @pytest.mark.parametrize("event", ALL)
@@ -21,8 +22,8 @@ def test_an_event_survives_json(event):
 
 
 def test_each_sampler_has_its_neighbouring_relation():
-    relations = [event.relation for event in (POISSON, SHUFFLED, FIXED, UNKNOWN, TREE)]
-    assert relations == ["add_or_remove_one", "zero_out", "replace_one", "zero_out", "zero_out"]
+    relations = [event.relation for event in (POISSON, SHUFFLED, FIXED, UNKNOWN, TREE, LOCAL)]
+    assert relations == ["add_or_remove_one", "zero_out", "replace_one", "zero_out", "zero_out", "local"]
 
 
 @pytest.mark.parametrize("event", [POISSON, FIXED, UNKNOWN])
