@@ -20,7 +20,20 @@ _HOMES = {
     "SimulationResult": "simulation",
     "simulate": "simulation",
 }
-_MODULES = ("aggregation", "averaging", "client_work", "clients", "packing", "runtime", "simulation")
+_MODULES = (
+    "aggregation",
+    "averaging",
+    "client_work",
+    "clients",
+    "packing",
+    "rounds",
+    "runtime",
+    "server_optimizers",
+    "simulation",
+    "stateless",
+    "tensorflow_engine",
+    "tff_engine",
+)
 
 __all__ = [*_HOMES, *_MODULES]
 

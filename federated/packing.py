@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from federated import aggregation
+from federated.rounds import Shard
 from tfprivacy_ft.errors import DatasetError, InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -37,20 +39,37 @@ class Packer:
 
     Args:
         x_spec, y_spec: One example and one label, without the batch axis.
-        batch_size: Examples per local step, for clients given as arrays.
+        batch_size: Examples per local step, for clients given as arrays; None for all that a client has.
         local_epochs: Passes over the examples, for clients given as arrays.
         shards: Data sets to make of each cohort.
         clients_at_once: Most clients in one group.
+        by_examples: Whether a client counts by the number of its examples, and not as one.
+        with_noise: Whether clients add noise, and get a key for it.
     """
 
     x_spec: "tf.TensorSpec"
     y_spec: "tf.TensorSpec"
-    batch_size: int
+    batch_size: int | None
     local_epochs: int
     shards: int
     clients_at_once: int
+    by_examples: bool = False
+    with_noise: bool = False
 
-    def pack(self, clients: Sequence[Any], rng: np.random.Generator | None = None) -> list["tf.data.Dataset"]:
+    @property
+    def signature(self) -> Shard:
+        """The types of one shard's tensors."""
+        import tensorflow as tf
+
+        return Shard(
+            tf.TensorSpec([None, *self.x_spec.shape], self.x_spec.dtype),
+            tf.TensorSpec([None, *self.y_spec.shape], self.y_spec.dtype),
+            tf.TensorSpec([None, None, None, None], tf.int32),
+            tf.TensorSpec([None, None], tf.float32),
+            tf.TensorSpec([None, aggregation.KEY_WORDS], tf.uint64),
+        )
+
+    def pack(self, clients: Sequence[Any], rng: np.random.Generator | None = None) -> list[Shard]:
         """Makes the shards of one cohort.
 
         Args:
@@ -58,14 +77,11 @@ class Packer:
             rng: Shuffles each client's examples in each pass; by default seeded by the operating system.
 
         Returns:
-            `shards` data sets of one element (x, y, rows): examples and labels (n, ...) of all clients of the shard,
-            and rows int32 (groups, k, steps, b) as in `client_work.train_side_by_side`.
+            `shards` of them, of NumPy arrays.
 
         Raises:
             DatasetError: A client has no examples, lengths differ, or shapes or types are not those of the model.
         """
-        import tensorflow as tf
-
         if not isinstance(clients, Sequence):
             raise InvalidArgumentError(
                 f"the clients are a {type(clients).__name__}: give a list with one pair (x, y) or tf.data.Dataset each."
@@ -75,15 +91,13 @@ class Packer:
         cohort = sorted((self._read(client, rng) for client in clients), key=lambda client: -len(client.steps))
         at_once = max(1, min(self.clients_at_once, math.ceil(len(cohort) / self.shards)))
         groups = [cohort[i : i + at_once] for i in range(0, len(cohort), at_once)]
-        return [
-            tf.data.Dataset.from_tensors(self._shard(groups[i :: self.shards], at_once)) for i in range(self.shards)
-        ]
+        return [self._shard(groups[i :: self.shards], at_once) for i in range(self.shards)]
 
     def _read(self, client: Any, rng: np.random.Generator) -> _Client:
         if isinstance(client, tuple | list) and len(client) == 2:
             x, y = self._checked(*client)
             orders = [rng.permutation(len(x)) for _ in range(self.local_epochs)]
-            size = self.batch_size
+            size = self.batch_size or len(x)
             return _Client(x, y, [order[i : i + size] for order in orders for i in range(0, len(x), size)])
         if not hasattr(client, "as_numpy_iterator"):
             raise InvalidArgumentError(
@@ -108,30 +122,33 @@ class Packer:
             raise DatasetError("a client has no examples: leave it out of the cohort.")
         return x, y
 
-    def _shard(self, groups: list[list[_Client]], at_once: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _shard(self, groups: list[list[_Client]], at_once: int) -> Shard:
         members = [client for group in groups for client in group]
         steps = max((len(client.steps) for client in members), default=0)
         size = max((len(step) for client in members for step in client.steps), default=0)
         # A padding row stands for a row of the same client; where there is no client, nobody looks at the answer.
         rows = np.full((len(groups), at_once, steps, size), -1, np.int32)
+        weights = np.zeros((len(groups), at_once), np.float32)
         start = 0
         for g, group in enumerate(groups):
             for k, client in enumerate(group):
                 rows[g, k] = -start - 1
+                weights[g, k] = len(client.x) if self.by_examples else 1.0
                 for s, step in enumerate(client.steps):
                     rows[g, k, s] = -start - 1 - step[0]
                     rows[g, k, s, : len(step)] = start + step
                 start += len(client.x)
         if not members:
             x, y = (np.zeros([0, *(n or 0 for n in spec.shape)], spec.dtype.as_numpy_dtype) for spec in self._specs)
-            return x, y, rows
+            return Shard(x, y, rows, weights, np.zeros((0, aggregation.KEY_WORDS), np.uint64))
         x, y = _joined([client.x for client in members]), _joined([client.y for client in members])
         if x.nbytes + y.nbytes + rows.nbytes > _MOST_BYTES:
             raise DatasetError(
                 f"a shard of this cohort holds {x.nbytes + y.nbytes + rows.nbytes:,} bytes, more than TFF can send at "
                 "once: build the process with more shards, or use fewer or shorter clients."
             )
-        return x, y, rows
+        make_key = aggregation.fresh_noise_key if self.with_noise else aggregation.blank_noise_key
+        return Shard(x, y, rows, weights, np.stack([make_key() for _ in groups]))
 
     @property
     def _specs(self) -> tuple["tf.TensorSpec", "tf.TensorSpec"]:

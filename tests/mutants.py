@@ -516,7 +516,7 @@ MUTANTS = (
         OPTIMIZERS,
         "half",
     ),
-    Mutant("clip moves the wrong way", "moving_clip.py", "tf.exp(-self", "tf.exp(self", MOVING, "quantile"),
+    Mutant("clip moves the wrong way", "moving_clip.py", "tf.exp(-rule", "tf.exp(rule", MOVING, "quantile"),
     Mutant("the count is free", "moving_clip.py", "- (2 * count_stddev) ** -2", "", MOVING, "cost"),
     Mutant("padding votes", "moving_clip.py", "tf.where(real, within, 0.0)", "within", MOVING, "vote"),
     Mutant(

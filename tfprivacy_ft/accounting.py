@@ -2,9 +2,9 @@
 
 A thin layer over dp_accounting. It promises that epsilon is never under-reported: every approximation here errs to
 the side of more epsilon, and what the solvers return was itself accounted and found within the target. Events of
-different units of privacy do not compose, nor do those for replacing one, or for local releases, with the others: they
-are reported side by side (`accounts`), never added. Poisson releases are stated for adding or removing one; beside releases for zero-out they
-are stated, at the same epsilon, for zero-out, and compose.
+different units of privacy do not compose, nor do those for replacing one, or local ones, with the others: they are
+reported side by side (`accounts`), never added. Poisson releases are stated for adding or removing one; beside releases
+for zero-out they are stated, at the same epsilon, for zero-out, and compose.
 
 It knows neither TensorFlow nor ledgers; dp_accounting is imported when a sampled event first needs it.
 """

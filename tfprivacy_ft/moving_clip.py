@@ -77,6 +77,31 @@ def noise_on_sum(noise_multiplier: float, count_stddev: float) -> float:
     return (noise_multiplier**-2 - (2 * count_stddev) ** -2) ** -0.5
 
 
+def usual_count_stddev(noise_multiplier: float, expected_batch_size: float) -> float:
+    """Standard deviation of the noise on the count where a rule does not say: a twentieth of the batch, or enough.
+
+    Example:
+      >>> usual_count_stddev(1.0, 1000.0)
+      50.0
+    """
+    return max(expected_batch_size / 20, 5 * noise_multiplier)
+
+
+def moved(rule: Adaptive, clip: tf.Tensor, noisy_votes_of_one: tf.Tensor, *, start: float) -> tf.Tensor:
+    """The clip of the next step.
+
+    Args:
+      rule: where it is to move, and how fast.
+      clip: float32 scalar, of this step.
+      noisy_votes_of_one: float32 scalar, the noised votes over the expected size of the batch.
+      start: > 0, where the clip began, of which it stays within a factor of a million.
+    """
+    excess = noisy_votes_of_one + 0.5 - rule.target_quantile
+    factor = tf.exp(-rule.learning_rate * tf.clip_by_value(excess, -1.0, 1.0))
+    after = tf.clip_by_value(clip * factor, start / _FARTHEST, start * _FARTHEST)
+    return tf.where(tf.math.is_finite(after), after, clip)
+
+
 class MovingClip:
     """The clip of one optimizer under `Adaptive`. In no checkpoint: restoring one leaves it where it is.
 
@@ -96,7 +121,7 @@ class MovingClip:
         if stddev is None:
             if expected_batch_size is None:
                 raise InvalidArgumentError("Adaptive() needs expected_batch_size, or count_stddev: give one of them.")
-            stddev = max(expected_batch_size / 20, 5 * noise_multiplier)
+            stddev = usual_count_stddev(noise_multiplier, expected_batch_size)
         self.count_stddev = stddev if noise_multiplier else 0.0
         self.noise_multiplier = noise_on_sum(noise_multiplier, stddev)
         with tf.init_scope():
@@ -118,8 +143,6 @@ class MovingClip:
 
     def move(self, noisy_votes: tf.Tensor, batch_size: tf.Tensor, allowed: tf.Tensor) -> None:
         """Adds to the graph: the clip moves, where the step was let through."""
-        excess = noisy_votes / batch_size + 0.5 - self._rule.target_quantile
-        factor = tf.exp(-self._rule.learning_rate * tf.clip_by_value(excess, -1.0, 1.0))
         clip = self._clip.read_value()
-        moved = tf.clip_by_value(clip * factor, self._start / _FARTHEST, self._start * _FARTHEST)
-        self._clip.assign(tf.where(allowed & tf.math.is_finite(moved), moved, clip), read_value=False)
+        after = moved(self._rule, clip, noisy_votes / batch_size, start=self._start)
+        self._clip.assign(tf.where(allowed, after, clip), read_value=False)

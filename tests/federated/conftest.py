@@ -1,3 +1,5 @@
+import importlib.util
+
 import numpy as np
 import pytest
 
@@ -10,8 +12,8 @@ def tff():
 
 
 @pytest.fixture(scope="session")
-def make_process(tff):
-    """Builds a process on a small model; keyword arguments replace these options."""
+def make_process():
+    """Builds a process on a small model, on TFF where it is installed; keyword arguments replace these options."""
     import federated
     from tfprivacy_ft import models
 
@@ -22,6 +24,7 @@ def make_process(tff):
             "noise_multiplier": 0.0,
             "expected_clients_per_round": 4,
             "batch_size": 8,
+            "engine": "tff" if importlib.util.find_spec("tensorflow_federated") else "tensorflow",
         }
         return federated.build_averaging(build, **{**options, **changes})
 

@@ -22,11 +22,10 @@ def client(number, size):
     return np.full((size, 2), number, np.float32), np.arange(size, dtype=np.int32)
 
 
-def unpack(datasets):
+def unpack(shards):
     """Each client's batches of labels, by the client's number."""
     found = {}
-    for dataset in datasets:
-        ((x, y, rows),) = dataset.as_numpy_iterator()
+    for x, y, rows, *_ in shards:
         for of_client in rows.reshape(-1, *rows.shape[2:]):
             steps = [step[step >= 0] for step in of_client]
             steps = [step for step in steps if len(step)]
@@ -66,8 +65,17 @@ def test_every_cohort_gives_the_same_number_of_shards(clients):
 
 
 def test_labels_of_rank_one_fit_a_model_with_one_output():
-    datasets = packer(y_spec=tf.TensorSpec([1], tf.float32)).pack([client(1, 3)])
-    assert datasets[0].element_spec[1].shape == (3, 1)
+    shards = packer(y_spec=tf.TensorSpec([1], tf.float32)).pack([client(1, 3)])
+    assert shards[0].y.shape == (3, 1)
+
+
+def test_what_only_fills_up_a_group_counts_for_nothing_and_each_group_has_its_own_key():
+    first, second = packer(by_examples=True, with_noise=True).pack([client(i, n) for i, n in enumerate([5, 1, 9])])
+    assert sorted(np.concatenate([first.weights, second.weights]).ravel()) == [0.0, 1.0, 5.0, 9.0]
+    keys = np.concatenate([first.noise_keys, second.noise_keys])
+    assert len(np.unique(keys)) == keys.size == 6
+    (quiet, _) = packer().pack([client(1, 5)])
+    assert not quiet.noise_keys.any() and quiet.weights.tolist() == [[1.0]]
 
 
 @pytest.mark.parametrize(
