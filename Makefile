@@ -49,7 +49,7 @@ endif
 	$(bin)/python -m pytest $(PYTEST_ARGS)
 
 test-current: $(stamp_current)
-	.venv-current/bin/python -m pytest $(or $(PYTEST_ARGS),tests/tfprivacy_ft tfprivacy_ft)
+	.venv-current/bin/python -m pytest $(or $(PYTEST_ARGS),tests/tfprivacy_ft tests/federated tfprivacy_ft federated)
 
 # Side by side, since one leaves a core idle for long stretches; the current stack's lines are shown when it has ended.
 check: $(stamp) $(stamp_current)

@@ -250,14 +250,15 @@ class AveragingProcess:
                 f"{len(client_data)} clients are fewer than least_reports={self.facts.least_reports}, whose noise the epsilon "
                 "counts on: run the round with more clients."
             )
-        at_clients, at_server = (_rate(schedule, int(state.round_number)) for schedule in self._schedules)
-        if at_server is not None:
+        at_clients, at_server = self._schedules
+        number = int(state.round_number)
+        if callable(at_server):
             optimizer = type(state.optimizer)(state.optimizer)
-            optimizer[server_optimizers.LEARNING_RATE] = np.float32(at_server)
+            optimizer[server_optimizers.LEARNING_RATE] = np.float32(_rate_at(at_server, number))
             state = state._replace(optimizer=optimizer)
-        if at_clients is not None:
-            state = state._replace(client_learning_rate=np.float32(at_clients))
-        return state._replace(noise_key=aggregation.fresh_noise_key()), shards
+        return state._replace(
+            client_learning_rate=np.float32(_rate_at(at_clients, number)), noise_key=aggregation.fresh_noise_key()
+        ), shards
 
     def assign(self, state: Any, model: "tf.keras.Model") -> None:
         """Copies the weights of a state into a Keras model of the same architecture.
@@ -427,7 +428,7 @@ def build_averaging(
             multiplicative_noise=multiplicative_noise,
         ),
         expected_clients=None if client_weighting == "examples" else expected_clients_per_round,
-        client_learning_rate=_rate(client_learning_rate, 0) or client_learning_rate,
+        client_learning_rate=_rate_at(client_learning_rate, 0),
         proximal_strength=proximal_strength,
         optimizer=optimizer,
         weights_class=weights_class,
@@ -497,10 +498,10 @@ def _named(name: str, schedule: Any) -> float | str:
     return schedule
 
 
-def _rate(schedule: Any, round_number: int) -> float | None:
-    """What a schedule says for this round; None for a number, which no round changes."""
+def _rate_at(schedule: Schedule, round_number: int) -> float:
+    """The learning rate of a round."""
     if not callable(schedule):
-        return None
+        return schedule
     rate = float(schedule(round_number))
     if not (math.isfinite(rate) and rate >= 0):
         raise InvalidArgumentError(

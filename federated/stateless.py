@@ -74,9 +74,12 @@ def stateless_model(build: Callable[[], "tf.keras.Model"]) -> tuple[StatelessMod
             "`lambda: models.build_model('cnn', (28, 28, 1), 10)`."
         )
     _refuse_unsupported_layers(model)
-    values = (tuple(v.numpy() for v in each) for each in (model.trainable_weights, model.non_trainable_weights))
     apply = _by_keras(again) if IS_KERAS_3 else _by_building(build, _creation_order(build))
-    return StatelessModel(*values, apply=apply), model
+    return StatelessModel(_values(model.trainable_weights), _values(model.non_trainable_weights), apply), model
+
+
+def _values(variables: list[Any]) -> tuple[np.ndarray, ...]:
+    return tuple(variable.numpy() for variable in variables)
 
 
 def _by_keras(model: Any) -> Apply:

@@ -99,12 +99,13 @@ def _process_class() -> type:
         __doc__ = AveragingProcess.__doc__
 
         def __init__(self, computations: Sequence[Any], **process: Any):
-            tff.learning.templates.LearningProcess.__init__(self, *computations)
+            tff.learning.templates.LearningProcess.__init__(self, *computations)  # checks their types
             AveragingProcess.__init__(self, **process)
-            self._initialize_fn = Guarded(self._initialize_fn)
-            self._next_fn = Guarded(self._next_fn, self._as_data_sets)
-            self._get_model_weights = Guarded(self._get_model_weights)
-            self._set_model_weights = Guarded(self._set_model_weights)
+            initialize, next_round, get_model_weights, set_model_weights = computations
+            self._initialize_fn = Guarded(initialize)
+            self._next_fn = Guarded(next_round, self._as_data_sets)
+            self._get_model_weights = Guarded(get_model_weights)
+            self._set_model_weights = Guarded(set_model_weights)
 
         def _as_data_sets(self, state: Any, client_data: Sequence[Any]) -> tuple[Any, Any]:
             import tensorflow as tf

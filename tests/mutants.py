@@ -27,6 +27,8 @@ ACCUMULATION = "tests/tfprivacy_ft/test_accumulation.py"
 MOVING = "tests/tfprivacy_ft/test_moving_clip.py"
 NOISE = "tests/tfprivacy_ft/test_noise.py"
 ACCOUNTING = "tests/tfprivacy_ft/test_accounting.py"
+PRIVACY = "tests/federated/test_privacy.py"
+AVERAGING = "tests/federated/test_averaging.py"
 
 
 class Mutant(NamedTuple):
@@ -594,8 +596,8 @@ MUTANTS = (
     Mutant(
         "a user in cohorts of a fixed size counted as one example",
         "accounting.py",
-        'return _Release("everyone", noise / 2, times, group=group, mechanism=law)',
-        'return _Release("everyone", noise / 2, times, mechanism=law)',
+        'return _Release("everyone", noise / 2, times, group=group, mechanism=law)\n    if event.is_local',
+        'return _Release("everyone", noise / 2, times, mechanism=law)\n    if event.is_local',
         ACCOUNTING,
         "fixed_size_counts",
     ),
@@ -623,12 +625,89 @@ MUTANTS = (
         "tests/tfprivacy_ft/audit/test_one_run.py",
         "fifth or bound or epsilon",
     ),
+    Mutant(
+        "local reports one clip apart",
+        "accounting.py",
+        'return _Release("everyone", noise / 2, times, group=group, mechanism=law)  # any two',
+        'return _Release("everyone", noise, times, group=group, mechanism=law)  # any two',
+        ACCOUNTING,
+        "two_clips_apart",
+    ),
+    Mutant(
+        "one client's noise for all",
+        "federated/aggregation.py",
+        "noise = tf.where(present[:, tf.newaxis],",
+        "noise = tf.where(present[:, tf.newaxis] & (tf.range(count) == 0)[:, tf.newaxis],",
+        PRIVACY,
+        "each_client_adds",
+    ),
+    Mutant(
+        "absent clients add noise",
+        "federated/aggregation.py",
+        "present[:, tf.newaxis]",
+        "tf.ones_like(present)[:, tf.newaxis]",
+        PRIVACY,
+        "each_client_adds",
+    ),
+    Mutant(
+        "clients clipped in the other norm",
+        "federated/rounds.py",
+        'return 1 if self.mechanism == "laplace" else 2',
+        "return 2",
+        PRIVACY,
+        "laplace_noise",
+    ),
+    Mutant(
+        "votes of clients are free",
+        "federated/rounds.py",
+        "[clip * on_sum] * len(totals)",
+        "[clip * self.privacy.noise_multiplier] * len(totals)",
+        PRIVACY,
+        "votes_are_paid",
+    ),
+    Mutant(
+        "noise of another round again",
+        "federated/averaging.py",
+        "noise_key=aggregation.fresh_noise_key()",
+        "noise_key=np.arange(1, 4, dtype=np.uint64)",
+        AVERAGING,
+        "two_rounds_from_one_state",
+    ),
+    Mutant(
+        "keys stay in states",
+        "federated/rounds.py",
+        "noise_key=tf.constant(aggregation.blank_noise_key()),\n            optimizer=optimizer,",
+        "optimizer=optimizer,",
+        AVERAGING,
+        "states_hold_no_noise_key",
+    ),
+    Mutant(
+        "promised noise that nobody adds",
+        "federated/averaging.py",
+        "if facts.least_reports > _guaranteed(cohorts):",
+        "if False:",
+        PRIVACY,
+        "events_tell",
+    ),
+    Mutant(
+        "weights under privacy",
+        "federated/averaging.py",
+        'if self.client_weighting == "examples" and (self.is_noisy or self.target_quantile is not None):',
+        "if False:",
+        PRIVACY,
+        "refused_in_a_sentence",
+    ),
 )
+
+
+def path_of(mutant: Mutant, tree: pathlib.Path) -> pathlib.Path:
+    """The file to break; in `tfprivacy_ft` unless it says another package."""
+    return tree / (mutant.file if mutant.file.startswith("federated/") else f"tfprivacy_ft/{mutant.file}")
 
 
 def survives(mutant: Mutant, tree: pathlib.Path) -> bool:
     """Whether the tests that guard the line still pass when it is broken."""
-    file = tree / "tfprivacy_ft" / mutant.file
+    file = path_of(mutant, tree)
     source = file.read_text()
     if source.count(mutant.old) != 1:
         raise SystemExit(f"{mutant.meaning}: {mutant.old!r} is not once in {mutant.file}: bring the list up to date.")
