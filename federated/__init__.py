@@ -13,6 +13,10 @@ _HOMES = {
     "AveragingProcess": "averaging",
     "build_averaging": "averaging",
     "ClientData": "clients",
+    "Cohorts": "cohorts",
+    "CyclicCohorts": "cohorts",
+    "FixedCohorts": "cohorts",
+    "PoissonCohorts": "cohorts",
     "poisson_cohort": "clients",
     "split_by_label_skew": "clients",
     "split_by_owner": "clients",
@@ -20,7 +24,7 @@ _HOMES = {
     "SimulationResult": "simulation",
     "simulate": "simulation",
 }
-_MODULES = ("aggregation", "averaging", "client_work", "clients", "packing", "runtime", "simulation")
+_MODULES = ("aggregation", "averaging", "client_work", "clients", "cohorts", "packing", "runtime", "simulation")
 
 __all__ = [*_HOMES, *_MODULES]
 
