@@ -262,6 +262,23 @@ def test_going_on_in_the_middle_of_a_pass_adds_a_participation_if_they_are_not()
     assert again.event(noise_multiplier=1.0).participations == 0
 
 
+def test_what_is_owed_for_going_on_is_owed_by_whoever_goes_on_from_there():
+    drawn, again, third = (cohorts.CyclicCohorts(10, 4) for _ in range(3))
+    drawn.draw()
+    again.go_on_from(drawn.position())
+    third.go_on_from(again.position(), released_since=0)
+    assert third.event(noise_multiplier=1.0).participations == 1
+    third.go_on_from(again.position(), released_since=1)  # the round since then has paid
+    assert third.event(noise_multiplier=1.0).participations == 0
+
+
+def test_rounds_counted_twice_do_not_skip_the_beginning_of_a_pass():
+    drawn, again = cohorts.CyclicCohorts(10, 4), cohorts.CyclicCohorts(10, 4)
+    drawn.draw(), drawn.draw()
+    again.go_on_from(drawn.position(), released_since=2)  # one round, tried twice: no new pass was begun
+    assert again.event(noise_multiplier=1.0).participations == 1
+
+
 def test_a_new_cycle_in_an_old_ledger_begins_a_pass():
     ledger = Ledger.in_memory(delta=1e-5)
     members = run(cohorts.CyclicCohorts(10, 4), ledger, 2) + run(cohorts.CyclicCohorts(10, 4), ledger, 2)
