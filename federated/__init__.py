@@ -13,12 +13,14 @@ _HOMES = {
     "AveragingProcess": "averaging",
     "build_averaging": "averaging",
     "ClientData": "clients",
+    "ClientEvaluation": "evaluation",
     "Cohorts": "cohorts",
     "CyclicCohorts": "cohorts",
     "FixedCohorts": "cohorts",
     "PoissonCohorts": "cohorts",
     "clients_from_datasets": "clients",
     "clients_from_table": "clients",
+    "evaluate_clients": "evaluation",
     "poisson_cohort": "clients",
     "split_by_label_skew": "clients",
     "split_by_owner": "clients",
@@ -27,7 +29,17 @@ _HOMES = {
     "SimulationResult": "simulation",
     "simulate": "simulation",
 }
-_MODULES = ("aggregation", "averaging", "client_work", "clients", "cohorts", "packing", "runtime", "simulation")
+_MODULES = (
+    "aggregation",
+    "averaging",
+    "client_work",
+    "clients",
+    "cohorts",
+    "evaluation",
+    "packing",
+    "runtime",
+    "simulation",
+)
 
 __all__ = [*_HOMES, *_MODULES]
 
