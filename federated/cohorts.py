@@ -64,8 +64,14 @@ class Cohorts(Protocol):
         """What another process needs to go on, as JSON can hold it; empty where there is nothing to remember."""
         ...
 
-    def go_on_from(self, position: dict[str, Any]) -> None:
+    def go_on_from(self, position: dict[str, Any], *, released_since: int | None = None) -> None:
         """Takes over where `position` was asked for.
+
+        Rounds that were released after that had members, who must not come again in the same pass for nothing.
+
+        Args:
+            position: What `position()` gave.
+            released_since: The most rounds that were, such as the ledger counts since then, >= 0; None where that is not known.
 
         Raises:
             InvalidArgumentError: It is not a position of such cohorts of as many clients.
@@ -128,7 +134,7 @@ class PoissonCohorts:
         """Empty: a draw owes nothing to those before."""
         return {}
 
-    def go_on_from(self, position: dict[str, Any]) -> None:
+    def go_on_from(self, position: dict[str, Any], *, released_since: int | None = None) -> None:
         """Does nothing; refuses the position of other cohorts."""
         _check_memoryless(self.name, position)
 
@@ -189,7 +195,7 @@ class FixedCohorts:
         """Empty: a draw owes nothing to those before."""
         return {}
 
-    def go_on_from(self, position: dict[str, Any]) -> None:
+    def go_on_from(self, position: dict[str, Any], *, released_since: int | None = None) -> None:
         """Does nothing; refuses the position of other cohorts."""
         _check_memoryless(self.name, position)
 
@@ -267,18 +273,10 @@ class CyclicCohorts:
         return {"order": self._order.tolist(), "round": self._round, "may_repeat": self._may_repeat}
 
     def go_on_from(self, position: dict[str, Any], *, released_since: int | None = None) -> None:
-        """Takes over where `position` was asked for.
+        """Takes over where `position` was asked for; as in `Cohorts`.
 
-        Rounds that were released after that had members, who must not come again in the same pass for nothing.
-
-        Args:
-            position: What `position()` gave.
-            released_since: The most rounds that were, such as the ledger counts since then, >= 0: they are left out, and the
-                next ones follow. None where that is not known: they come again, and the next event adds a participation
-                for it. So it does where the rounds left out reach into the next pass, which nobody may have paid for.
-
-        Raises:
-            InvalidArgumentError: It is not a position of cyclic cohorts of as many clients.
+        Rounds that were released since are left out, and the next ones follow. Where it is not known how many, or they reach
+        into the next pass, which nobody may have paid for, the next event adds a participation.
         """
         order, drawn, may_repeat = _cyclic_position(position, self.num_clients)
         if released_since is not None:

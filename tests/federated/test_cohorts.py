@@ -62,8 +62,7 @@ def test_many_rounds_are_the_sum_of_single_ones(name):
     for done in range(9):
         ahead = drawn.event(noise_multiplier=1.0, rounds=6)
         twin = cohorts.make(name, 10, 3)
-        if name == "cyclic":
-            twin.go_on_from(drawn.position(), released_since=0)
+        twin.go_on_from(drawn.position(), released_since=0)
         singles = []
         for _ in range(6):
             singles.append(twin.event(noise_multiplier=1.0))
@@ -91,7 +90,10 @@ def test_no_seed_of_numpy_reaches_the_draw(name):
 def test_a_position_is_json_and_goes_on(name):
     drawn = cohorts.make(name, 10, 4)
     drawn.draw()
-    cohorts.make(name, 10, 4).go_on_from(json.loads(json.dumps(drawn.position())))
+    for released_since in (None, 0, 5):
+        again = cohorts.make(name, 10, 4)
+        again.go_on_from(json.loads(json.dumps(drawn.position())), released_since=released_since)
+        assert again.event(noise_multiplier=1.0).sampler == drawn.event(noise_multiplier=1.0).sampler
 
 
 @pytest.mark.parametrize("name", NAMES)
