@@ -26,6 +26,10 @@ examples:
   With less privacy spent, in another folder:
     tfprivacy-ft demo --target-epsilon 1 --run-dir runs/epsilon_1
 
+  Federated, over the patients of a table of your own:
+    tfprivacy-ft federate --data visits.csv --clients-by patient --label ill --classes 2 --bounds age=0:120 weight=2:250 \\
+      --rounds 50 --clients-per-round 100 --target-epsilon 3 --delta 1e-5 --run-dir runs/visits
+
   A page on one run, written into its folder, and one that sets runs side by side:
     tfprivacy-ft report runs/demo/001/private
     tfprivacy-ft report runs/head runs/all --output report.html
@@ -69,8 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {tfprivacy_ft.__version__}")
     add_completion(parser)
-    commands = parser.add_subparsers(required=True, metavar="{demo,report}")
+    commands = parser.add_subparsers(required=True, metavar="{demo,federate,report}")
     _add_demo(commands)
+    _add_federate(commands)
     _add_report(commands)
     return parser
 
@@ -101,6 +106,49 @@ def _demo(**options: Any) -> None:
     from federated import demo
 
     demo.run_demo(demo.DemoSettings.from_options(**options))
+
+
+def _add_federate(commands: Any) -> None:
+    text = "a model across the clients of a file, with differential privacy for each client"
+    epilog = (
+        "Nothing that shapes the training is read off the rows: scale columns beforehand by constants, or give --bounds that "
+        "you know without looking; labels are numbers from 0 to CLASSES - 1."
+    )
+    parser = commands.add_parser(
+        "federate", help=text, description=f"Trains {text}.", epilog=epilog, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add(
+        "--data", required=True, help="a .csv, .parquet or .npz file, or the name of a bundled data set, such as digits"
+    )
+    add("--clients-by", metavar="COLUMN", help="whose row it is; for files")
+    add("--label", metavar="COLUMN", help="labels, whole numbers from 0; for files")
+    add("--classes", type=int, help="how many labels there are, >= 2; for files")
+    add("--features", metavar="COLUMN", nargs="+", help="columns to learn from; default: all others")
+    bounds = "cut columns off at these bounds and scale them to -1 .. 1; without COLUMN= for all the others"
+    add("--bounds", metavar="COLUMN=LOW:HIGH", nargs="+", default=(), help=bounds)
+    add("--num-clients", type=int, help="clients to split a bundled data set into")
+    add("--model", default="mlp", help="name of a model, such as logistic, mlp or cnn (default: %(default)s)")
+    add("--rounds", type=int, required=True, help=">= 1")
+    add("--clients-per-round", type=float, required=True, help="(expected) size of a cohort")
+    ways = ("poisson", "fixed", "cyclic")
+    add("--cohorts", choices=ways, default="poisson", help="how each round's clients are chosen (default: %(default)s)")
+    add("--target-epsilon", type=float, required=True, help="of one client, > 0; the noise is solved for")
+    add("--delta", type=float, required=True, help="in (0, 1), well below 1 / number of clients")
+    add("--run-dir", required=True, help="folder of the run, which holds none yet")
+    held_out = "share of the clients to measure on and not to train on; their figures are releases without noise"
+    add("--held-out", type=float, default=0.0, help=f"{held_out} (default: none)")
+    add("--client-learning-rate", type=float, default=0.5, help="default: %(default)s")
+    add("--l2-norm-clip", type=float, default=1.0, help="of one client's update (default: %(default)s)")
+    add("--batch-size", type=int, default=8, help="examples per local step (default: %(default)s)")
+    add("--local-epochs", type=int, default=1, help="passes of a client in one round (default: %(default)s)")
+    parser.set_defaults(run=_federate)
+
+
+def _federate(**options: Any) -> None:
+    from federated import command  # here and not above, as in `_demo`
+
+    command.run_federate(command.FederateSettings(**options))
 
 
 def _add_report(commands: Any) -> None:

@@ -1,10 +1,11 @@
-"""Figures of trainings: accuracy, and the epsilon spent, side by side or one below the other.
+"""Figures of trainings: accuracy and the epsilon spent, and how a model does on each of many clients.
 
 Promises: matplotlib is imported when a figure is drawn, not before; no window, no pyplot, nothing global, so it works
 without a display and in any thread. Knows nothing of TensorFlow, and computes no epsilon.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from tfprivacy_ft.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Curve", "plot_runs"]
+__all__ = ["Curve", "plot_clients", "plot_runs"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,60 @@ def plot_runs(
     grid[1, 0].set_ylabel("epsilon")
     grid[1, 0].set_ylim(bottom=0)
     return figure
+
+
+def plot_clients(
+    models: Mapping[str, Sequence[float]], *, figure: str = "accuracy", lower_is_better: bool = False
+) -> "Figure":
+    """Draws how far apart clients are: one curve per model over the clients, its worst ones on the left.
+
+    A band marks the worst tenth of the clients, a dot on its edge their mean, and a dashed line the mean over all of them.
+    What is drawn of private clients is a release without noise.
+
+    Args:
+      models: for each model, by name, one figure per client, such as `evaluation.figures["accuracy"]`; NaN is left out.
+      figure: what the figures are, as the axis is labelled.
+      lower_is_better: whether the worst clients are those with the largest figures, as of a loss.
+
+    Returns:
+      A matplotlib figure; `figure.savefig(path)` writes it.
+
+    Raises:
+      InvalidArgumentError: there are no models, or one has no figures.
+
+    Example:
+      >>> drawn = plot_clients({"private": [0.7, 0.9, 0.8], "not private": [0.9, 0.95, 0.92]})
+      >>> drawn.axes[0].get_ylabel()
+      'accuracy'
+    """
+    from matplotlib.figure import Figure
+
+    if not models:
+        raise InvalidArgumentError("no models were given: give the clients' figures of at least one.")
+    drawing = Figure(figsize=(6.5, 4.0), layout="constrained")
+    axis = drawing.subplots()
+    axis.axvspan(0, 10, color="0.93", linewidth=0, zorder=0)
+    for number, (name, figures) in enumerate(models.items()):
+        ranked = sorted((float(each) for each in figures if not math.isnan(each)), reverse=lower_is_better)
+        if not ranked:
+            raise InvalidArgumentError(f"models={name!r} has no figures: give one per client.")
+        tenth = ranked[: math.ceil(len(ranked) / 10)]
+        mean, worst = sum(ranked) / len(ranked), sum(tenth) / len(tenth)
+        color, label = f"C{number}", f"{name}: mean {mean:.3g}, worst tenth {worst:.3g}"
+        # A step for each client: its figure, over its share of the clients.
+        edges = [100 * i / len(ranked) for i in range(len(ranked) + 1)]
+        axis.stairs(ranked, edges, baseline=None, color=color, linewidth=1.8, label=label)
+        axis.axhline(mean, color=color, linestyle="--", linewidth=0.9, zorder=1)
+        axis.plot([0, 10], [worst, worst], color=color, linewidth=1.2, linestyle=":", zorder=3)
+        axis.plot([10], [worst], color=color, marker="o", markeredgecolor="white", zorder=3)
+    axis.plot([], [], color="0.4", linestyle="--", linewidth=0.9, label="mean over all clients")
+    axis.plot([], [], color="0.4", linestyle=":", linewidth=1.2, marker="o", label="mean over the worst tenth")
+    axis.set_xlim(0, 100)
+    axis.xaxis.set_major_formatter("{x:.0f} %")
+    axis.set_xlabel("clients, worst first")
+    axis.set_ylabel(figure)
+    axis.legend(loc="upper right" if lower_is_better else "lower right")
+    return drawing
 
 
 def _line_styles() -> list[Any]:
