@@ -78,8 +78,16 @@ def _enter_namespace() -> None:
 
 
 def _keep(binary: str, port: int, listener: socket.socket | None) -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    """Runs the worker until it ends or this program is told to."""
+    # Waited for, not handled: Python's handlers run in the main thread, which a signal to another does not wake.
+    ends = {signal.SIGTERM, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     own = os.getpid()
+
+    def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
+        _die_with_parent(signal.SIGKILL, own)
+
     worker = None
     try:
         worker = subprocess.Popen(
@@ -88,18 +96,18 @@ def _keep(binary: str, port: int, listener: socket.socket | None) -> int:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-            preexec_fn=lambda: _die_with_parent(signal.SIGKILL, own),
+            preexec_fn=prepare,
         )
         deadline = time.monotonic() + _START_SECONDS
-        while (inner := _connect(port)) is None:
-            if worker.poll() is not None or time.monotonic() > deadline:
+        while not _answers(port):
+            if ends & signal.sigpending() or time.monotonic() > deadline:
                 return _say("failed the worker ended at its start, or did not answer")
             time.sleep(0.02)
-        inner.close()
         if listener is not None:
             threading.Thread(target=_relay, args=(listener, port), daemon=True).start()
         _say(f"ready {worker.pid}")
-        return worker.wait()
+        signal.sigwait(ends)
+        return 0
     except OSError as error:
         return _say(f"failed {error.strerror or error}")
     finally:
@@ -120,18 +128,24 @@ def _die_with_parent(number: int, parent: int) -> None:
         os._exit(1)
 
 
-def _connect(port: int) -> socket.socket | None:
+def _connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port))
+
+
+def _answers(port: int) -> bool:
     try:
-        return socket.create_connection(("127.0.0.1", port))
+        _connect(port).close()
     except OSError:
-        return None
+        return False
+    return True
 
 
 def _relay(listener: socket.socket, port: int) -> NoReturn:
     while True:
         outer, _ = listener.accept()
-        inner = _connect(port)
-        if inner is None:
+        try:
+            inner = _connect(port)
+        except OSError:
             outer.close()
             continue
         for end in (outer, inner):

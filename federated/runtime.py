@@ -129,7 +129,7 @@ def local() -> None:
 
 
 def stop_worker() -> None:
-    """Ends the local worker, if one runs, and hangs up on remote ones; the next computation starts or connects anew.
+    """Ends the local worker, if one runs; the next computation starts another, or connects to remote ones anew.
 
     Example:
         >>> stop_worker()
@@ -137,10 +137,7 @@ def stop_worker() -> None:
     global _worker
     with _lock:
         worker, _worker = _worker, None
-        channels = list(_open)
         _context.cache_clear()
-    for channel in channels:
-        channel.close()
     if worker is not None:
         worker.stop()
 
@@ -149,7 +146,6 @@ _lock = threading.RLock()
 _worker: WorkerProcess | None = None
 _place: tuple[tuple[str, ...], float] = ((), _LOCAL_SECONDS)  # targets, none for the local worker; seconds to connect
 _made: weakref.WeakSet[Any] = weakref.WeakSet()  # contexts of this module, in use or not
-_open: weakref.WeakSet[Any] = weakref.WeakSet()  # channels that computations go through
 
 
 def _move(targets: tuple[str, ...], connect_seconds: float) -> None:
@@ -250,7 +246,6 @@ def _start_local() -> WorkerProcess:
 
 def _connected_channel(target: str, seconds: float) -> Any:
     channel = _channel(target)
-    _open.add(channel)
     _await_ready([channel], [target], seconds)
     return channel
 
@@ -261,6 +256,10 @@ def _channel(target: str) -> Any:
     options = {
         "grpc.max_send_message_length": -1,
         "grpc.max_receive_message_length": -1,
+        # A worker that is started or comes back is found at once.
+        "grpc.use_local_subchannel_pool": 1,
+        "grpc.initial_reconnect_backoff_ms": 100,
+        "grpc.max_reconnect_backoff_ms": 1000,
         "grpc.enable_http_proxy": 0,  # the proxy of the environment is not for tunnels and this machine's own ports
     }
     if not target.startswith("unix:"):
@@ -295,19 +294,20 @@ def _loss_reporter(target: str) -> Any:
     """Turns the errors that TFF would answer by the same round once more, for ever, into `WorkerLostError`."""
     import grpc
 
-    # Nothing is left to be disposed of in a worker that is gone, and TFF knows.
     lost = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION}
 
     class LossReporter(grpc.UnaryUnaryClientInterceptor):
         def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
             call = continuation(details, request)
+            # Nothing is left to be disposed of in a worker that is gone: TFF expects its own error there.
             if "/Dispose" not in details.method and call.code() in lost:
                 _forget(target)
                 where = "of this machine" if target.startswith("unix:") else f"at {target}"
+                reason = (call.details() or "no reason given").splitlines()[0]
                 raise WorkerLostError(
-                    f"the TFF worker {where} went away during a computation ({(call.details() or '').splitlines()[0]}), "
-                    "most likely for lack of memory: count a round that it cut short and run it again as a new one; if that "
-                    "happens again, use fewer clients at once (clients_at_once), a smaller model or shorter clients."
+                    f"the TFF worker {where} went away during a computation ({reason}), most likely for lack of memory or a "
+                    "broken connection: count a round that it cut short and run it again as a new one; if that happens "
+                    "again, use fewer clients at once (clients_at_once), a smaller model or shorter clients."
                 )
             return call
 

@@ -9,6 +9,13 @@ def tff():
     return pytest.importorskip("tensorflow_federated", reason="needs requirements/federated.txt")
 
 
+@pytest.fixture
+def free_port():
+    import portpicker
+
+    return portpicker.pick_unused_port()
+
+
 @pytest.fixture(scope="session")
 def make_process(tff):
     """Builds a process on a small model; keyword arguments replace these options."""
