@@ -44,6 +44,7 @@ _MODULES = (
     "stateless",
     "tensorflow_engine",
     "tff_engine",
+    "worker",
 )
 
 __all__ = [*_HOMES, *_MODULES]

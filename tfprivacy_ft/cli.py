@@ -73,10 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {tfprivacy_ft.__version__}")
     add_completion(parser)
-    commands = parser.add_subparsers(required=True, metavar="{demo,federate,report}")
+    commands = parser.add_subparsers(required=True, metavar="{demo,federate,report,worker}")
     _add_demo(commands)
     _add_federate(commands)
     _add_report(commands)
+    _add_worker(commands)
     return parser
 
 
@@ -184,6 +185,28 @@ def _report(run_dirs: Sequence[str], **options: Any) -> None:
             run_dirs, progress=lambda done, total: bar.update(task, completed=done, total=total), **options
         )
     sys.stdout.write(f"{path}\n")
+
+
+def _add_worker(commands: Any) -> None:
+    text = "a TFF worker, for federated.runtime.remote on this or another machine"
+    epilog = (
+        "There is no encryption and no password: leave it on loopback, and reach it from another machine through "
+        "`ssh -L 8765:127.0.0.1:8765 HOST`."
+    )
+    parser = commands.add_parser("worker", help=text, description=f"Runs {text}.", epilog=epilog, allow_abbrev=False)
+    parser.add_argument("--port", type=int, required=True, help="1 to 65535")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address of the interface to listen on, 0.0.0.0 for all (default: %(default)s, this machine alone)",
+    )
+    parser.set_defaults(run=_worker)
+
+
+def _worker(**options: Any) -> None:
+    from federated import worker
+
+    worker.serve(**options)
 
 
 @contextmanager

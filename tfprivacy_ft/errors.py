@@ -51,3 +51,15 @@ class DatasetError(PrivacyError):
 
 class MissingDependencyError(PrivacyError, ImportError):
     """An optional package is needed; the text gives the command that installs it."""
+
+
+class UnsupportedSystemError(PrivacyError):
+    """The operating system does not allow what was asked for; the text names it and what to do instead."""
+
+
+class WorkerUnreachableError(PrivacyError):
+    """A remote TFF worker does not answer; nothing was computed, and nothing released."""
+
+
+class WorkerLostError(PrivacyError):
+    """A TFF worker went away during a computation: a round that it cut short counts, and can be run again as a new one."""

@@ -12,7 +12,7 @@ from tfprivacy_ft import models
 
 
 def worker_pid():
-    return runtime._worker._process.pid
+    return runtime._worker.pid
 
 
 def main(ending):

@@ -11,6 +11,13 @@ def tff():
     return pytest.importorskip("tensorflow_federated", reason="needs requirements/federated.txt")
 
 
+@pytest.fixture
+def free_port():
+    import portpicker
+
+    return portpicker.pick_unused_port()
+
+
 @pytest.fixture(scope="session")
 def make_process():
     """Builds a process on a small model, on TFF where it is installed; keyword arguments replace these options."""
