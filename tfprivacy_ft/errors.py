@@ -51,3 +51,11 @@ class DatasetError(PrivacyError):
 
 class MissingDependencyError(PrivacyError, ImportError):
     """An optional package is needed; the text gives the command that installs it."""
+
+
+class CheckpointError(PrivacyError):
+    """A checkpoint cannot be read or written, or it is of another run; the text says which."""
+
+
+class WorkerLostError(PrivacyError):
+    """A worker died in the middle of a round, which may have released something: reserve it once more before it runs again."""
