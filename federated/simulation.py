@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["SimulationResult", "simulate"]
 
 _DEFAULT_LOOKS = 20
+_OF_COHORTS = ("num_clients", "clients_per_round", "name", "event", "draw", "position", "go_on_from")
 _MOST_RETRIES = 3  # of one round whose worker was lost
 
 _log = logging.getLogger(__name__)
@@ -236,7 +237,6 @@ class _Run:
         self.history: list[dict[str, float]] = []
         self._reserved: list[tuple[int, Event]] = []
         self._units = {"client"}
-        self._runs_again = False
         self._dropped = 0
         self._first_failure: Exception | None = None
 
@@ -250,12 +250,11 @@ class _Run:
                 "backup, or start a new run folder and count this run as spent."
             )
         self.state, self.done, self.history = checkpoint.state, checkpoint.round, list(checkpoint.history)
-        self._cohorts.go_on_from(checkpoint.cohorts)
-        since = _releases(self._book) - checkpoint.released
-        self._runs_again = since > 0
+        since = _releases(self._book) - checkpoint.released  # at least one for each round
+        self._cohorts.go_on_from(checkpoint.cohorts, released_since=since)
         _log.warning(
             "going on after round %d, from the checkpoint in %s%s.", self.done, run_dir,
-            f"; what ran since is counted ({since} in the ledger), and counts again as it runs again" if since else "",
+            f"; the {since} releases since are counted, and the rounds run again and count again" if since else "",
         )  # fmt: skip
 
     def checkpoint(self) -> Checkpoint:
@@ -271,9 +270,8 @@ class _Run:
     def next_round(self, rounds: int) -> bool:
         """Runs one more round; False if the budget leaves no room for it."""
         events = _events_of_next_round(self._process, self._cohorts)
-        if not self._reserve(_in_full(events) if self._runs_again else events, rounds):
+        if not self._reserve(events, rounds):
             return False
-        self._runs_again = False
         cohort = self._read(self._cohorts.draw())
         for retry in range(_MOST_RETRIES + 1):
             try:
@@ -345,7 +343,7 @@ def _events_of_next_round(process: Any, cohorts: Any) -> tuple[Event, ...]:
 
 
 def _in_full(events: Sequence[Event]) -> tuple[Event, ...]:
-    """The same releases, of which every client is taken to have been in each.
+    """The same releases once more, with the same members.
 
     In passes over the clients, only the first round of a pass adds a participation, as nobody is in a pass twice; who is in
     a round that runs again is.
@@ -361,7 +359,7 @@ def _cohorts(given: Any, num_clients: int, process: AveragingProcess) -> Any:
     expected = process.facts.expected_clients_per_round
     if isinstance(given, str):
         return _cohorts_by_name(given, num_clients, expected)
-    if not all(hasattr(given, name) for name in ("num_clients", "clients_per_round", "name", "event", "draw")):
+    if not all(hasattr(given, name) for name in _OF_COHORTS):
         raise InvalidArgumentError(
             f"cohorts is a {type(given).__name__}: give 'poisson', or a Cohorts object over these clients."
         )
@@ -406,7 +404,7 @@ class _Poisson:
     def position(self) -> dict[str, Any]:
         return {}
 
-    def go_on_from(self, position: Mapping[str, Any]) -> None:
+    def go_on_from(self, position: Mapping[str, Any], *, released_since: int | None = None) -> None:
         pass
 
 

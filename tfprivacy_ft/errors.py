@@ -45,6 +45,10 @@ class LedgerLockedError(LedgerError):
     """Another process is writing this ledger."""
 
 
+class CheckpointError(PrivacyError):
+    """A checkpoint cannot be read or written, or it is of another run; the text says which."""
+
+
 class DatasetError(PrivacyError):
     """A data set is unknown, missing, damaged, empty, or its parts have different lengths."""
 
@@ -53,9 +57,13 @@ class MissingDependencyError(PrivacyError, ImportError):
     """An optional package is needed; the text gives the command that installs it."""
 
 
-class CheckpointError(PrivacyError):
-    """A checkpoint cannot be read or written, or it is of another run; the text says which."""
+class UnsupportedSystemError(PrivacyError):
+    """The operating system does not allow what was asked for; the text names it and what to do instead."""
+
+
+class WorkerUnreachableError(PrivacyError):
+    """A remote TFF worker does not answer; nothing was computed, and nothing released."""
 
 
 class WorkerLostError(PrivacyError):
-    """A worker died in the middle of a round, which may have released something: reserve it once more before it runs again."""
+    """A TFF worker went away during a computation: a round that it cut short counts, and can be run again as a new one."""

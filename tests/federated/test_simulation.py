@@ -229,6 +229,12 @@ class Cohorts:
         self.round += 1
         return np.arange(self.num_clients)
 
+    def position(self):
+        return {}
+
+    def go_on_from(self, position, *, released_since=None):
+        pass
+
 
 def in_passes_of_three(number, **event):
     return Event.shuffled(passes=int(number % 3 == 0), **event)
