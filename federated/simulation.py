@@ -1,8 +1,9 @@
 """Runs federated averaging on this machine, and accounts for it.
 
-Promises: every round is in the ledger before it runs, with the noise, clip and sampling that the process itself
-states; cohorts are Poisson samples, and neither a cohort nor its size is shown or kept; an empty cohort is a round of
-noise alone, which counts. Knows nothing of how a round is computed.
+Promises: every round is in the ledger before it runs, with the noise, clip and sampling that the process and the
+cohorts themselves state; neither a cohort nor its size is shown or kept; an empty cohort is a round of noise alone,
+which counts. A run that is cut short and goes on from a checkpoint counts every round that ran, also those that it
+runs again. Knows nothing of how a round is computed.
 """
 
 import dataclasses
@@ -11,20 +12,31 @@ import importlib.util
 import logging
 import math
 import os
+import pathlib
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from federated import runtime
+from federated._budget import Budget
+from federated._looks import Evaluate, evaluator, releaser
+from federated._progress import progress_bar
 from federated.averaging import AveragingProcess
+from federated.checkpoints import FOLDER_NAME, Checkpoint, Checkpoints
 from federated.clients import ClientData, poisson_cohort, sampling_probability
-from tfprivacy_ft import _check, accounting
+from tfprivacy_ft import _check, accounting, ledger
 from tfprivacy_ft.compute_epsilon import Report, compute_epsilon
-from tfprivacy_ft.errors import BudgetExceededError, DatasetError, InvalidArgumentError
-from tfprivacy_ft.events import Event
+from tfprivacy_ft.errors import (
+    BudgetExceededError,
+    DatasetError,
+    InvalidArgumentError,
+    LedgerDamagedError,
+    WorkerLostError,
+)
+from tfprivacy_ft.events import Event, merge
 from tfprivacy_ft.ledger import EVALUATION, Ledger
 
 if TYPE_CHECKING:
@@ -32,8 +44,9 @@ if TYPE_CHECKING:
 
 __all__ = ["SimulationResult", "simulate"]
 
-Evaluate = Callable[["tf.keras.Model"], Mapping[str, float]] | tuple[Any, Any]
 _DEFAULT_LOOKS = 20
+_OF_COHORTS = ("num_clients", "clients_per_round", "name", "event", "draw", "position", "go_on_from")
+_MOST_RETRIES = 3  # of one round whose worker was lost
 
 _log = logging.getLogger(__name__)
 
@@ -45,8 +58,8 @@ class SimulationResult:
     Args:
         process: The process that ran.
         state: Its last state, to go on from: `simulate(process, ..., state=result.state)`.
-        history: One dictionary per look at the run: `round` (of this call, from 1), `epsilon` (of the whole ledger up
-            to there, for one client) and the figures of `evaluate`.
+        history: One dictionary per look at the run: `round` (of this call, from 1; with checkpoints, of the whole run),
+            `epsilon` (of the whole ledger up to there, for one client) and the figures of `evaluate`.
         report: The privacy spent, by the ledger; `print(result.report)`.
     """
 
@@ -76,34 +89,50 @@ def simulate(
     *,
     rounds: int,
     delta: float,
+    cohorts: Any = "poisson",
     clients_per_round: float | None = None,
     target_epsilon: float | None = None,
     run_dir: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
     state: Any = None,
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
+    release_managers: Sequence[Any] = (),
     progress: bool = True,
 ) -> SimulationResult:
-    """Runs rounds of federated averaging over Poisson cohorts.
+    """Runs rounds of federated averaging.
 
     Guarantees: each round is written to the ledger, durably if there is a `run_dir`, before any client is looked at. A
     run that is cut short has counted at least what it released. Ctrl-C ends the round, the worker and the ledger.
+
+    A client whose data cannot be read (`OSError` or `tf.errors.OpError`) drops out of the round, which goes on and counts
+    as before; a warning at the end says how often that happened. A round whose worker is lost is counted once more and
+    run again, at most three times.
 
     Args:
         process: From `build_averaging`.
         clients: `ClientData`, or a list with one entry per client: a pair of arrays (x, y), or a `tf.data.Dataset` of
             batches.
-        rounds: >= 1.
+        rounds: >= 1. With `checkpoint_every`, those of the whole run, however often it is cut short and goes on; else those
+            of this call.
         delta: Of the epsilon reported, in (0, 1), well below 1 / len(clients).
+        cohorts: How the clients of a round are chosen: `"poisson"`, the name of another way, or a `Cohorts` object over these
+            clients.
         clients_per_round: Expected size of a cohort. The process knows it; any other number is refused.
         target_epsilon: The budget of one client, > 0, for the whole ledger, also one that is continued: the round that would
             pass it does not run, and the state is that of the last one that may; a warning is logged. None for no limit.
-        run_dir: Folder of the run's ledger, continued if there is one; None keeps the ledger in memory.
-        state: A state to go on from; None starts from the initial weights of the model.
+        run_dir: Folder of the run's ledger, continued if there is one, and of `history.csv`, which gets a line at each look;
+            None keeps the ledger in memory.
+        checkpoint_every: Rounds between two checkpoints in `run_dir`, >= 1; the last round has one, too. If there are any, the
+            run goes on from the newest, which a warning says; rounds that ran since count, and again when they are run again.
+            None saves nothing and goes on from nothing.
+        state: A state to start from; None starts from the initial weights of the model. A checkpoint takes its place.
         evaluate: Examples and labels held out, (x, y), or a function from a Keras model to a dictionary of figures. If
             they come from private data, the figures are releases without noise; the report says so.
         evaluate_every: Rounds between two looks (evaluation, and an entry of the history), >= 1; by default about
             20 looks in all. The last round is always looked at.
+        release_managers: `tff.program.ReleaseManager` objects, such as `tff.program.TensorBoardReleaseManager("logs")`, that
+            get epsilon and the figures of `evaluate` at each look, with the round as the key.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -113,7 +142,10 @@ def simulate(
         InvalidArgumentError: An argument is outside its range, or contradicts the process.
         DatasetError: There are no clients, or a client's data do not fit the model.
         BudgetExceededError: The target leaves no room for a single round.
+        CheckpointError: The checkpoints in `run_dir` are of another run, or cannot be read or written.
+        LedgerDamagedError: The ledger does not hold what a checkpoint was made of.
         LedgerError: The ledger could not be written; the round that it was for did not run.
+        WorkerLostError: The worker was lost four times in one round.
     """
     if not isinstance(process, AveragingProcess):
         raise InvalidArgumentError(
@@ -124,62 +156,256 @@ def simulate(
     every = math.ceil(rounds / _DEFAULT_LOOKS) if evaluate_every is None else evaluate_every
     _check.positive_integer(evaluate_every=every)
     _check_clients(clients)
-    _check_cohort(process, clients_per_round)
+    _check_cohort_size(process, clients_per_round)
     accounting.check_delta(delta, len(clients))
     if target_epsilon is not None:
         _check.positive(target_epsilon=target_epsilon)
-    event = process.event(len(clients))
-    look = _evaluator(evaluate, process)
-    q = sampling_probability(len(clients), process.facts.expected_clients_per_round)
-    rng = np.random.default_rng(secrets.randbits(256))
-    history: list[dict[str, float]] = []
+    drawn = _cohorts(cohorts, len(clients), process)
+    figures = evaluator(evaluate, process)
+    release = releaser(run_dir, release_managers)
     facts = {
         "algorithm": "federated averaging",
         "num_clients": len(clients),
-        "target_epsilon": target_epsilon,
+        "cohorts": drawn.name,
         **dataclasses.asdict(process.facts),
     }
-    make = Ledger.in_memory if run_dir is None else functools.partial(Ledger.open, run_dir)
-    with make(delta=delta, facts=facts) as ledger, _ending_worker_on_interrupt():
-        allowed = _allowed_rounds(rounds, event, ledger, target_epsilon, delta)
-        if look is not None:
-            ledger.note(EVALUATION.kind, EVALUATION.text)  # ahead of the first look
+    checkpoints = None
+    if checkpoint_every is not None:
+        _check.positive_integer(checkpoint_every=checkpoint_every)
+        if run_dir is None:
+            raise InvalidArgumentError(f"checkpoint_every={checkpoint_every} needs a folder: give run_dir, too.")
         state = process.initialize() if state is None else state  # type: ignore[attr-defined]
-        with _bar(allowed, progress) as show:
-            reserved: list[int] = []
-            for number in range(1, allowed + 1):
-                reserved.append(ledger.reserve(event))
-                cohort = [clients[int(i)] for i in poisson_cohort(len(clients), q, rng)]
-                state = process.next(state, cohort).state  # type: ignore[attr-defined]
-                if number % every == 0 or number == allowed:
-                    # A reservation counts in full until it is settled, so many can be settled together.
-                    ledger.settle(reserved, event.with_count(len(reserved)))
-                    reserved.clear()
-                    figures = look(state) if look is not None else {}
-                    if figures:
-                        ledger.figures(figures)
-                    history.append({"round": number, "epsilon": _client_epsilon(ledger, delta), **figures})
-                show(number, history)
-        if allowed < rounds:
+        checkpoints = Checkpoints(
+            pathlib.Path(run_dir) / FOLDER_NAME, settings={**facts, "loss": process.loss_name}, like=state
+        )
+    make = Ledger.in_memory if run_dir is None else functools.partial(Ledger.open, run_dir)
+    with make(delta=delta, facts={**facts, "target_epsilon": target_epsilon}) as book, _ending_worker_on_interrupt():
+        if figures is not None:
+            book.note(EVALUATION.kind, EVALUATION.text)  # ahead of the first look
+        for kind, text in getattr(process, "notes", {}).items():
+            book.note(kind, text)
+        if checkpoints is None:
+            state = process.initialize() if state is None else state  # type: ignore[attr-defined]
+        run = _Run(process, clients, drawn, state, book, Budget(book, target_epsilon, delta))
+        if checkpoints is not None and run_dir is not None:
+            run.go_on_from(checkpoints.newest(), run_dir)
+
+        def look() -> None:
+            run.settle()
+            found = figures(run.state) if figures is not None else {}
+            if found:
+                book.figures(found)
+            run.history.append({"round": run.done, "epsilon": run.epsilon(delta), **found})
+            release(run.history[-1])
+
+        def save() -> None:
+            if checkpoints is not None:
+                checkpoints.save(run.checkpoint())
+
+        with progress_bar(rounds, done=run.done, visible=progress) as show:
+            while run.done < rounds and run.next_round(rounds):
+                if run.done % every == 0 or run.done == rounds:
+                    look()
+                if run.done == rounds or (checkpoint_every and run.done % checkpoint_every == 0):
+                    save()
+                show(run.done, run.history)
+        if not run.done:
+            raise BudgetExceededError(
+                f"the ledger holds epsilon {run.epsilon(delta):.4g} at delta {delta}, and the target {target_epsilon} "
+                "leaves no room for a round: stop here, allow a larger epsilon, or start a run in another folder."
+            )
+        if not run.history or run.history[-1]["round"] < run.done:  # the budget has ended it between two looks
+            look()
+            save()
+        if run.done < rounds:
             _log.warning(
                 "training stopped after round %d of %d: epsilon %.4g is spent, and the target %s leaves no room for another "
-                "round.", allowed, rounds, _client_epsilon(ledger, delta), target_epsilon,
+                "round.", run.done, rounds, run.epsilon(delta), target_epsilon,
             )  # fmt: skip
-        report = compute_epsilon(ledger, delta=delta)
-    return SimulationResult(process=process, state=state, history=history, report=report)
+        run.say_who_dropped_out()
+        report = compute_epsilon(book, delta=delta)
+    return SimulationResult(process=process, state=run.state, history=run.history, report=report)
 
 
-def _allowed_rounds(rounds: int, event: Event, ledger: Ledger, target_epsilon: float | None, delta: float) -> int:
-    """How many of these rounds the budget allows, on top of what the ledger holds."""
-    if target_epsilon is None:
-        return rounds
-    left = accounting.releases_left(event, spent=ledger.events(), target_epsilon=target_epsilon, delta=delta)
-    if left == 0:
-        raise BudgetExceededError(
-            f"the ledger holds epsilon {_client_epsilon(ledger, delta):.4g} at delta {delta}, and the target {target_epsilon} "
-            "leaves no room for a round: stop here, allow a larger epsilon, or start a run in another folder."
+class _Run:
+    """A run on its way: how many rounds are done, the server's state, and the looks so far."""
+
+    def __init__(self, process: Any, clients: Any, cohorts: Any, state: Any, book: Ledger, budget: Budget):
+        self._process, self._clients, self._cohorts, self._book, self._budget = process, clients, cohorts, book, budget
+        self.state = state
+        self.done = 0
+        self.history: list[dict[str, float]] = []
+        self._reserved: list[tuple[int, Event]] = []
+        self._units = {"client"}
+        self._dropped = 0
+        self._first_failure: Exception | None = None
+
+    def go_on_from(self, checkpoint: Checkpoint | None, run_dir: str | os.PathLike[str]) -> None:
+        if checkpoint is None:
+            return
+        if not ledger.holds(run_dir, checkpoint.ledger):
+            raise LedgerDamagedError(
+                f"the checkpoint of round {checkpoint.round} in {run_dir} was made when the ledger held "
+                f"{checkpoint.ledger.records} records, which are not those of the ledger there now: restore the ledger from a "
+                "backup, or start a new run folder and count this run as spent."
+            )
+        self.state, self.done, self.history = checkpoint.state, checkpoint.round, list(checkpoint.history)
+        since = _releases(self._book) - checkpoint.released  # at least one for each round
+        self._cohorts.go_on_from(checkpoint.cohorts, released_since=since)
+        _log.warning(
+            "going on after round %d, from the checkpoint in %s%s.", self.done, run_dir,
+            f"; the {since} releases since are counted, and the rounds run again and count again" if since else "",
+        )  # fmt: skip
+
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            round=self.done,
+            state=self.state,
+            cohorts=self._cohorts.position(),
+            ledger=self._book.position(),
+            released=_releases(self._book),
+            history=self.history,
         )
-    return min(rounds, left)
+
+    def next_round(self, rounds: int) -> bool:
+        """Runs one more round; False if the budget leaves no room for it."""
+        events = _events_of_next_round(self._process, self._cohorts)
+        if not self._reserve(events, rounds):
+            return False
+        cohort = self._read(self._cohorts.draw())
+        for retry in range(_MOST_RETRIES + 1):
+            try:
+                self.state = self._process.next(self.state, cohort).state
+                break
+            except WorkerLostError as error:
+                if retry == _MOST_RETRIES:
+                    raise
+                _log.warning("round %d is counted once more and run again: %s", self.done + 1, error)
+                if not self._reserve(_in_full(events), rounds):
+                    return False
+        self.done += 1
+        return True
+
+    def settle(self) -> None:
+        """A reservation counts in full until it is settled, so many can be settled together."""
+        kinds: dict[Event, list[tuple[int, Event]]] = {}
+        for number, event in self._reserved:
+            kinds.setdefault(dataclasses.replace(event, count=0, participations=0), []).append((number, event))
+        for reserved in kinds.values():
+            (together,) = merge(event for _, event in reserved)
+            self._book.settle([number for number, _ in reserved], together)
+        self._reserved.clear()
+
+    def epsilon(self, delta: float) -> float:
+        """Of the unit that this run protects; what the ledger holds for others is in the report, side by side."""
+        own = [event for event in self._book.events() if event.unit in self._units]
+        return max((account.epsilon for account in accounting.accounts(own, delta)), default=0.0)
+
+    def say_who_dropped_out(self) -> None:
+        if self._dropped:
+            _log.warning(
+                "%d times a client's data could not be read, and it dropped out of the round, which counts as before; the "
+                "first time: %r", self._dropped, self._first_failure,
+            )  # fmt: skip
+
+    def _reserve(self, events: Sequence[Event], rounds: int) -> bool:
+        if not self._budget.allows(events, at_most=rounds - self.done):
+            return False
+        self._units = {event.unit for event in events}
+        for event in events:
+            self._reserved.append((self._book.reserve(event), event))
+        return True
+
+    def _read(self, members: np.ndarray) -> list[Any]:
+        """What these clients hold, without those whose data cannot be read; the round's denominator is a constant."""
+        import tensorflow as tf
+
+        cohort = []
+        for number in members:
+            try:
+                client = self._clients[int(number)]
+                if isinstance(client, tf.data.Dataset):
+                    client = client.cache()  # in memory: what is read here cannot fail later
+                    for _ in client:
+                        pass
+                cohort.append(client)
+            except (OSError, tf.errors.OpError) as error:
+                self._dropped += 1
+                self._first_failure = self._first_failure or error
+        return cohort
+
+
+def _events_of_next_round(process: Any, cohorts: Any) -> tuple[Event, ...]:
+    if hasattr(process, "events"):
+        return process.events(cohorts)
+    facts = process.facts
+    return (cohorts.event(noise_multiplier=facts.noise_multiplier, l2_norm_clip=facts.l2_norm_clip),)
+
+
+def _in_full(events: Sequence[Event]) -> tuple[Event, ...]:
+    """The same releases once more, with the same members.
+
+    In passes over the clients, only the first round of a pass adds a participation, as nobody is in a pass twice; who is in
+    a round that runs again is.
+    """
+    return tuple(dataclasses.replace(event, participations=event.count) for event in events)
+
+
+def _releases(book: Ledger) -> int:
+    return sum(event.count for event in book.events())
+
+
+def _cohorts(given: Any, num_clients: int, process: AveragingProcess) -> Any:
+    expected = process.facts.expected_clients_per_round
+    if isinstance(given, str):
+        return _cohorts_by_name(given, num_clients, expected)
+    if not all(hasattr(given, name) for name in _OF_COHORTS):
+        raise InvalidArgumentError(
+            f"cohorts is a {type(given).__name__}: give 'poisson', or a Cohorts object over these clients."
+        )
+    if (given.num_clients, given.clients_per_round) != (num_clients, expected):
+        raise InvalidArgumentError(
+            f"cohorts are of {given.clients_per_round} among {given.num_clients} clients, where there are {num_clients} "
+            f"clients and the process has expected_clients_per_round={expected}: give cohorts of these."
+        )
+    return given
+
+
+def _cohorts_by_name(name: str, num_clients: int, clients_per_round: float) -> Any:
+    if importlib.util.find_spec("federated.cohorts"):
+        return importlib.import_module("federated.cohorts").make(name, num_clients, clients_per_round)
+    if name != "poisson":
+        raise InvalidArgumentError(f"cohorts={name!r} is unknown: use 'poisson'.")
+    return _Poisson(num_clients, clients_per_round)
+
+
+class _Poisson:
+    """Poisson cohorts, where there is no federated.cohorts."""
+
+    name = "poisson"
+
+    def __init__(self, num_clients: int, clients_per_round: float):
+        self.num_clients, self.clients_per_round = num_clients, clients_per_round
+        self._probability = sampling_probability(num_clients, clients_per_round)
+        self._rng = np.random.default_rng(secrets.randbits(256))
+
+    def event(self, **mechanism: Any) -> Event:
+        return Event.poisson(
+            count=1,
+            unit="client",
+            sampling_probability=self._probability,
+            population=self.num_clients,
+            **mechanism,
+        )
+
+    def draw(self) -> np.ndarray:
+        return poisson_cohort(self.num_clients, self._probability, self._rng)
+
+    def position(self) -> dict[str, Any]:
+        return {}
+
+    def go_on_from(self, position: Mapping[str, Any], *, released_since: int | None = None) -> None:
+        pass
 
 
 def _check_clients(clients: Any) -> None:
@@ -192,50 +418,13 @@ def _check_clients(clients: Any) -> None:
         raise DatasetError("no clients were given: give at least one.")
 
 
-def _check_cohort(process: AveragingProcess, clients_per_round: float | None) -> None:
+def _check_cohort_size(process: AveragingProcess, clients_per_round: float | None) -> None:
     expected = process.facts.expected_clients_per_round
     if clients_per_round is not None and clients_per_round != expected:
         raise InvalidArgumentError(
             f"clients_per_round={clients_per_round} is not the process's expected_clients_per_round={expected}, which "
             "its noise and its epsilon go with: leave it out, or build another process."
         )
-
-
-def _evaluator(evaluate: Evaluate | None, process: AveragingProcess) -> Callable[[Any], Mapping[str, float]] | None:
-    if evaluate is None:
-        return None
-    model = process.model(None)
-    if isinstance(evaluate, tuple) and len(evaluate) == 2:
-        x, y = evaluate
-        model.compile(loss=process.loss, metrics=["accuracy"] if "crossentropy" in process.loss_name else [])
-
-        def on_held_out(model: "tf.keras.Model") -> Mapping[str, float]:
-            return model.evaluate(x, y, verbose=0, batch_size=256, return_dict=True)
-
-        figures: Callable[[tf.keras.Model], Mapping[str, float]] = on_held_out
-    elif callable(evaluate):
-        figures = evaluate
-    else:
-        raise InvalidArgumentError(
-            f"evaluate is a {type(evaluate).__name__}: give (x, y), or a function from a Keras model to a dictionary."
-        )
-
-    def look(state: Any) -> Mapping[str, float]:
-        process.assign(state, model)
-        found = figures(model)
-        if not isinstance(found, Mapping):
-            raise InvalidArgumentError(
-                f"evaluate returned a {type(found).__name__}: return a dictionary of figures, like {{'accuracy': 0.9}}."
-            )
-        return {name: float(value) for name, value in found.items()}
-
-    return look
-
-
-def _client_epsilon(ledger: Ledger, delta: float) -> float:
-    """Epsilon of one client; what the ledger holds for other units is in the report, side by side."""
-    own = [event for event in ledger.events() if event.unit == "client"]
-    return max((account.epsilon for account in accounting.accounts(own, delta)), default=0.0)
 
 
 @contextmanager
@@ -245,28 +434,3 @@ def _ending_worker_on_interrupt() -> Iterator[None]:
     except KeyboardInterrupt:
         runtime.stop_worker()  # or it would go on with a round that nobody waits for
         raise
-
-
-@contextmanager
-def _bar(rounds: int, visible: bool) -> Iterator[Callable[[int, list[dict[str, float]]], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("round"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-    )
-    # In a notebook without ipywidgets rich warns and shows nothing; drawn as in a terminal, the line works there too.
-    console = Console(force_jupyter=None if importlib.util.find_spec("ipywidgets") else False)
-    with Progress(*columns, console=console, disable=not visible) as progress:
-        task = progress.add_task("", total=rounds)
-
-        def show(done: int, history: list[dict[str, float]]) -> None:
-            figures = {name: value for name, value in (history[-1] if history else {}).items() if name != "round"}
-            text = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
-            progress.update(task, completed=done, description=text)
-
-        yield show

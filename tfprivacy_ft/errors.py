@@ -45,6 +45,10 @@ class LedgerLockedError(LedgerError):
     """Another process is writing this ledger."""
 
 
+class CheckpointError(PrivacyError):
+    """A checkpoint cannot be read or written, or it is of another run; the text says which."""
+
+
 class DatasetError(PrivacyError):
     """A data set is unknown, missing, damaged, empty, or its parts have different lengths."""
 

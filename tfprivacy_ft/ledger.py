@@ -59,7 +59,9 @@ __all__ = [
     "LedgerContents",
     "Moment",
     "Note",
+    "Position",
     "Trained",
+    "holds",
     "read",
 ]
 
@@ -129,6 +131,19 @@ class Moment:
     events: tuple[Event, ...]
     figures: dict[str, float]
     gradient_norms: GradientNorms | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """How far a ledger is.
+
+    Args:
+      records: how many records it holds.
+      last_hash: SHA-256 of the last of them.
+    """
+
+    records: int = 0
+    last_hash: str = _GENESIS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +221,32 @@ def read(path: str | os.PathLike[str]) -> LedgerContents:
         trained=tuple(state.trained),
         history=tuple(state.history),
     )
+
+
+def holds(path: str | os.PathLike[str], position: Position) -> bool:
+    """Whether a ledger once was at `position`: a run may go on from there only if what it released by then is counted.
+
+    Looks at that one record; `read` and `Ledger.open` verify all of them.
+
+    Args:
+      path: the run's folder.
+      position: what `Ledger.position` said.
+
+    Raises:
+      LedgerError: the ledger cannot be opened.
+
+    Example:
+      >>> import tempfile
+      >>> folder = tempfile.mkdtemp()
+      >>> with Ledger.open(folder) as ledger:
+      ...     before = ledger.position()
+      >>> holds(folder, before), holds(folder, Position(before.records + 1, before.last_hash))
+      (True, False)
+    """
+    lines = (_read_bytes(pathlib.Path(path) / FILE_NAME) or b"").splitlines(keepends=True)
+    if position.records == 0:
+        return True
+    return position.records <= len(lines) and _hash(lines[position.records - 1]) == position.last_hash
 
 
 class Ledger:
@@ -399,6 +440,11 @@ class Ledger:
         """The releases without noise, each once, in the order they were noted."""
         with self._lock:
             return list(self._state.notes)
+
+    def position(self) -> Position:
+        """How far this ledger is, for `holds`."""
+        with self._lock:
+            return Position(self._state.records, self._state.last_hash)
 
     @property
     def delta(self) -> float | None:
@@ -623,16 +669,10 @@ def _hash(line: bytes) -> str:
     return hashlib.sha256(line).hexdigest()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Head:
-    records: int = 0
-    last_hash: str = _GENESIS
-
-
-def _parse_head(data: bytes, file: pathlib.Path) -> _Head:
+def _parse_head(data: bytes, file: pathlib.Path) -> Position:
     try:
         fields = json.loads(data)
-        head = _Head(fields["records"], fields["hash"])
+        head = Position(fields["records"], fields["hash"])
         if fields["format"] not in _READABLE or not isinstance(head.records, int):
             raise ValueError(f"format {fields['format']!r} is not one of {_READABLE}")
     except (KeyError, TypeError, ValueError) as error:
@@ -666,7 +706,7 @@ def _damaged(file: pathlib.Path, number: int, what: str) -> LedgerDamagedError:
     )
 
 
-def _verify(data: bytes, head: _Head, file: pathlib.Path) -> tuple[_State, int]:
+def _verify(data: bytes, head: Position, file: pathlib.Path) -> tuple[_State, int]:
     """The state that the bytes of a ledger describe, and how many of them are whole records.
 
     See the top of this module for what is damage, what counts, and what is dropped.
@@ -782,7 +822,7 @@ class _Journal:
             os.ftruncate(self._descriptor, length)
         self._records, self._length = self.state.records, length
         # The first head is there before the first record: a ledger without a head has always lost it.
-        self._write_head(_Head(self.state.records, self.state.last_hash))
+        self._write_head(Position(self.state.records, self.state.last_hash))
 
     def append(self, line: bytes) -> None:
         """Returns when the record and the head that counts it are both on the disk."""
@@ -798,9 +838,9 @@ class _Journal:
                 os.ftruncate(self._descriptor, self._length)
             raise
         self._records, self._length = self._records + 1, self._length + len(line)
-        self._write_head(_Head(self._records, _hash(line)))
+        self._write_head(Position(self._records, _hash(line)))
 
-    def _write_head(self, head: _Head) -> None:
+    def _write_head(self, head: Position) -> None:
         """Old head or new head, never half of one: write aside, then rename; each step on the disk before the next."""
         aside = self._head_file.with_name(HEAD_NAME + ".new")
         descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)

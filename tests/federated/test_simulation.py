@@ -1,10 +1,20 @@
+import asyncio
+import csv
+
 import dp_accounting
 import numpy as np
 import pytest
 
 import federated
+from federated import _budget, _progress
 from tfprivacy_ft import accounting, ledger
-from tfprivacy_ft.errors import BudgetExceededError, DatasetError, InvalidArgumentError
+from tfprivacy_ft.errors import (
+    BudgetExceededError,
+    DatasetError,
+    InvalidArgumentError,
+    UnsupportedEventError,
+    WorkerLostError,
+)
 from tfprivacy_ft.events import Event
 
 DELTA = 1e-3
@@ -108,10 +118,19 @@ def test_training_learns(make_process):
     assert result.epsilon == float("inf")  # without noise
 
 
-def test_the_progress_bar_shows_round_and_epsilon(noisy, clients, capsys):
+def test_the_progress_bar_shows_round_figures_and_time(noisy, clients, capsys):
     simulate(noisy, clients, progress=True)
     shown = capsys.readouterr().out
-    assert "3/3" in shown and "epsilon" in shown
+    assert "3/3" in shown and "epsilon" in shown and "in all" in shown
+
+
+def test_the_progress_bar_never_shows_less_than_was_spent(capsys):
+    with _progress.progress_bar(30, done=10, visible=True) as show:
+        show(12, [{"round": 11, "epsilon": 1.23401, "accuracy": 0.876543}])
+    assert capsys.readouterr().out.split()[:2] == ["round", "12/30"]
+    with _progress.progress_bar(30, done=10, visible=True) as show:
+        show(30, [{"round": 30, "epsilon": 1.23401, "accuracy": 0.876543}])
+    assert "epsilon 1.235  accuracy 0.877" in capsys.readouterr().out
 
 
 def test_another_cohort_size_than_the_process_has_is_refused(noisy, clients):
@@ -132,6 +151,9 @@ def test_another_cohort_size_than_the_process_has_is_refused(noisy, clients):
         ({"clients": []}, DatasetError),
         ({"clients": 7}, InvalidArgumentError),
         ({"process": "stock"}, InvalidArgumentError),
+        ({"evaluate": lambda model: {"epsilon": 0.1}}, InvalidArgumentError),
+        ({"release_managers": ["figures.csv"]}, InvalidArgumentError),
+        ({"release_managers": 7}, InvalidArgumentError),
     ],
     ids=str,
 )
@@ -139,3 +161,258 @@ def test_bad_arguments_are_refused(noisy, clients, changes, error):
     options = {"process": noisy, "clients": clients, "rounds": 1, "delta": DELTA, "progress": False, **changes}
     with pytest.raises(error):
         federated.simulate(**options)
+
+
+# Who is told of a look.
+
+
+def test_history_is_a_table_in_the_run_folder_that_is_continued(noisy, clients, tmp_path):
+    first = simulate(noisy, clients, run_dir=tmp_path, rounds=2)
+    second = simulate(noisy, clients, run_dir=tmp_path, rounds=2, evaluate=lambda model: {"accuracy": 0.5})
+    with open(tmp_path / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [list(row) for row in rows] == [["round", "epsilon", "accuracy"]] * 4
+    assert [row["accuracy"] for row in rows] == ["", "", "0.5", "0.5"]
+    expected = [*first.history, *second.history]
+    assert [(int(row["round"]), float(row["epsilon"])) for row in rows] == [
+        (entry["round"], entry["epsilon"]) for entry in expected
+    ]
+
+
+def test_release_managers_get_epsilon_and_what_evaluate_found_and_nothing_else(tff, noisy, clients, tmp_path):
+    import tensorflow as tf
+
+    x, y = clients[3]
+    memory = tff.program.MemoryReleaseManager()
+    managers = [
+        memory,
+        tff.program.CSVFileReleaseManager(tmp_path / "figures.csv", key_fieldname="round"),
+        tff.program.TensorBoardReleaseManager(tmp_path / "logs"),
+    ]
+
+    async def in_a_notebook():  # whose cells run inside an event loop
+        return simulate(noisy, clients, rounds=4, evaluate_every=2, evaluate=(x, y), release_managers=managers)
+
+    result = asyncio.run(in_a_notebook())
+    told = [{"round": key, **value} for key, value in memory.values().items()]
+    assert told == result.history and [entry["round"] for entry in told] == [2, 4]
+    assert set(told[0]) == {"round", "epsilon", "loss", "accuracy"}
+    with open(tmp_path / "figures.csv", newline="") as file:
+        assert [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)] == told
+    del managers[2]  # closes the file
+    (file,) = (tmp_path / "logs").iterdir()
+    shown = [
+        (event.step, value.tag)
+        for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator()
+        for event in [tf.compat.v1.Event.FromString(record)]
+        for value in event.summary.value
+    ]
+    assert sorted(shown) == sorted((n, tag) for n in (2, 4) for tag in ("epsilon", "loss", "accuracy"))
+
+
+# Cohorts.
+
+
+class Cohorts:
+    """Everybody in each round of two, three or as many clients as are said, and what the ledger is to hold of it."""
+
+    name = "of the test"
+
+    def __init__(self, num_clients, clients_per_round, make_event):
+        self.num_clients, self.clients_per_round, self.make_event = num_clients, clients_per_round, make_event
+        self.round = 0
+
+    def event(self, **mechanism):
+        return self.make_event(self.round, count=1, unit="client", population=self.num_clients, **mechanism)
+
+    def draw(self):
+        self.round += 1
+        return np.arange(self.num_clients)
+
+    def position(self):
+        return {}
+
+    def go_on_from(self, position, *, released_since=None):
+        pass
+
+
+def in_passes_of_three(number, **event):
+    return Event.shuffled(passes=int(number % 3 == 0), **event)
+
+
+def fixed(number, **event):
+    return Event.fixed(cohort_size=4, **event)
+
+
+def test_cohorts_of_any_kind_state_what_a_round_of_theirs_is(noisy, clients, tmp_path):
+    result = simulate(noisy, clients, run_dir=tmp_path, rounds=7, cohorts=Cohorts(10, 4, in_passes_of_three))
+    (event,) = ledger.read(tmp_path).events
+    assert (event.sampler, event.count, event.participations, event.l2_norm_clip) == ("shuffled", 7, 3, 0.5)
+    assert result.epsilon == accounting.gaussian_epsilon(noise_multiplier=1.5, delta=DELTA, releases=3)
+    assert ledger.read(tmp_path).facts["cohorts"] == "of the test"
+
+
+@pytest.mark.parametrize(
+    ("make_event", "spent", "expected"),
+    [
+        (in_passes_of_three, lambda event: event.participations, 6),  # two passes of three
+        (fixed, lambda event: event.count, 4),
+    ],
+)
+def test_a_budget_holds_for_cohorts_of_any_kind(noisy, clients, make_event, spent, expected):
+    cohorts = Cohorts(10, 4, make_event)
+    one = cohorts.event(noise_multiplier=1.5)
+    fits = make_event(0, count=expected, unit="client", population=10, noise_multiplier=1.5)
+    target = _budget.epsilon_of([one] * (2 if one.in_passes else expected), DELTA) * 1.0001
+    result = simulate(noisy, clients, rounds=20, target_epsilon=target, cohorts=cohorts)
+    assert result.history[-1]["round"] == expected and fits.count == expected
+    assert 0.999 * target < result.epsilon <= target
+
+
+def test_a_budget_holds_for_rounds_of_several_releases(noisy, clients, tmp_path, monkeypatch):
+    def events(cohorts):
+        votes = Event.poisson(count=1, unit="client", noise_multiplier=9.0, sampling_probability=0.4)
+        return noisy.event(10), votes
+
+    monkeypatch.setattr(noisy, "events", events, raising=False)
+    target = accounting.epsilon([event.with_count(3) for event in events(None)], DELTA) * 1.0001
+    result = simulate(noisy, clients, rounds=9, target_epsilon=target, run_dir=tmp_path)
+    assert [event.count for event in ledger.read(tmp_path).events] == [3, 3]
+    assert ledger.read(tmp_path).unsettled == 0
+    assert 0.999 * target < result.epsilon <= target
+
+
+def test_the_budget_allows_what_fits_and_no_more_however_rounds_change(monkeypatch):
+    rng = np.random.default_rng(0)
+    looks = []
+    real = accounting.epsilon
+    monkeypatch.setattr(_budget.accounting, "epsilon", lambda *args, **kw: looks.append(None) or real(*args, **kw))
+    for trial in range(5):
+        book = ledger.Ledger.in_memory()
+        budget = _budget.Budget(book, 2.0, DELTA)
+        noise = np.full(40, 8.0) if trial == 0 else np.sort(rng.uniform(4, 30, size=40))[:: 1 if trial % 2 else -1]
+        looks.clear()
+        for number in range(40):
+            events = [Event.unknown(count=1, noise_multiplier=noise[number], unit="client")]
+            after = real([*book.events(), *events], DELTA)
+            allowed = budget.allows(events, at_most=40 - number)
+            assert allowed == (after <= 2.0)
+            if not allowed:
+                break
+            book.reserve(events[0])
+        assert 3 < number < 39 or allowed
+        assert len(looks) < 20 or trial
+
+
+def test_releases_that_do_not_add_up_are_no_budget():
+    book = ledger.Ledger.in_memory()
+    book.reserve(fixed(0, count=1, unit="client", population=10, noise_multiplier=4.0))
+    with pytest.raises(UnsupportedEventError):
+        _budget.Budget(book, 9.0, DELTA).allows([Event.unknown(count=1, noise_multiplier=4.0, unit="client")], 1)
+
+
+@pytest.mark.parametrize(
+    ("cohorts", "text"),
+    [
+        (Cohorts(9, 4, fixed), "of 4 among 9 clients"),
+        (Cohorts(10, 5, fixed), "of 5 among 10 clients"),
+        ("roulette", "cohorts='roulette'"),
+        (7, "cohorts is a int"),
+    ],
+)
+def test_cohorts_of_other_clients_are_refused(noisy, clients, cohorts, text):
+    with pytest.raises(InvalidArgumentError, match=text):
+        simulate(noisy, clients, cohorts=cohorts)
+
+
+# What fails.
+
+
+class OnDisk:
+    """Four clients, the last two of whom cannot be read."""
+
+    def __init__(self, clients, error):
+        self.clients, self.error = clients, error
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        if i >= 2:
+            raise self.error
+        return self.clients[i]
+
+
+def broken_data_set(x, y):
+    import tensorflow as tf
+
+    def fail(x, y):
+        with tf.control_dependencies([tf.debugging.Assert(tf.shape(x)[0] > 99, ["cannot be parsed"])]):
+            return tf.identity(x), y
+
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(8).map(fail)
+
+
+def test_a_client_that_cannot_be_read_drops_out_and_the_denominator_stays(noiseless, draw_clients, caplog):
+    import tensorflow as tf
+
+    two = draw_clients([3, 5])
+    expected = noiseless.get_model_weights(noiseless.next(noiseless.initialize(), two).state).trainable
+    broken = broken_data_set(*two[0])
+    for clients in (OnDisk(two, OSError("no such file")), [*two, broken, broken]):
+        with pytest.warns(UserWarning, match="delta"):
+            result = simulate(noiseless, clients, rounds=1, delta=0.9)
+        assert "2 times a client's data could not be read" in caplog.text
+        caplog.clear()
+        for one, other in zip(result.weights.trainable, expected, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-6)
+    with pytest.raises(KeyError), pytest.warns(UserWarning, match="delta"):
+        simulate(noiseless, OnDisk(two, KeyError("a mistake in the program")), rounds=1, delta=0.9)
+    data = [tf.data.Dataset.from_tensor_slices(client).batch(8) for client in two]
+    with pytest.warns(UserWarning, match="delta"):
+        result = simulate(noiseless, [*data, broken, broken], rounds=1, delta=0.9)
+    for one, other in zip(result.weights.trainable, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_a_client_of_nan_counts_as_zero(noiseless, draw_clients):
+    two = draw_clients([3, 5])
+    expected = noiseless.get_model_weights(noiseless.next(noiseless.initialize(), two).state).trainable
+    poisoned = (np.full_like(two[0][0], np.nan), two[0][1])
+    with pytest.warns(UserWarning, match="delta"):
+        result = simulate(noiseless, [*two, poisoned, poisoned], rounds=1, delta=0.9)
+    for one, other in zip(result.weights.trainable, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def losing(process, times, monkeypatch):
+    """The worker is lost in the first rounds, so many times; returns the cohorts that came."""
+    real, cohorts = process._next_fn, []
+
+    def next_round(state, cohort):
+        cohorts.append([len(x) for x, _ in cohort])
+        if len(cohorts) <= times:
+            raise WorkerLostError("the worker is gone.")
+        return real(state, cohort)
+
+    monkeypatch.setattr(process, "_next_fn", next_round)
+    return cohorts
+
+
+def test_a_round_whose_worker_is_lost_is_counted_and_run_once_more(noisy, clients, tmp_path, monkeypatch, caplog):
+    cohorts = losing(noisy, 1, monkeypatch)
+    result = simulate(noisy, clients, run_dir=tmp_path, rounds=2, cohorts=Cohorts(10, 4, in_passes_of_three))
+    (event,) = ledger.read(tmp_path).events
+    assert (event.count, event.participations) == (3, 2)  # two rounds of one pass, one of them twice
+    assert len(cohorts) == 3 and cohorts[0] == cohorts[1] and result.history[-1]["round"] == 2
+    assert "round 1 is counted once more and run again: the worker is gone." in caplog.text
+
+
+def test_a_worker_that_is_lost_again_and_again_ends_the_run(noisy, clients, tmp_path, monkeypatch):
+    losing(noisy, 99, monkeypatch)
+    with pytest.raises(WorkerLostError):
+        simulate(noisy, clients, run_dir=tmp_path)
+    assert ledger.read(tmp_path).events[0].count == 4
+    target = accounting.epsilon(noisy.event(10).with_count(2), DELTA) * 1.0001
+    with pytest.raises(BudgetExceededError):
+        simulate(noisy, clients, target_epsilon=target)
