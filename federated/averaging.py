@@ -205,18 +205,18 @@ class AveragingProcess:
                 f"least_reports={facts.least_reports} is more than a cohort of these is sure to have "
                 f"({_guaranteed(cohorts)}): use cohorts of fixed size, or least_reports=0."
             )
+        central = cohorts.event(**self._central)
+        if not facts.local_noise_multiplier:
+            return (central,)
         local = Event.local(
             count=1,
             noise_multiplier=facts.local_noise_multiplier,
+            participations=central.participations,
             population=cohorts.num_clients,
             l2_norm_clip=facts.l2_norm_clip,
             mechanism=facts.mechanism,
         )
-        if not facts.local_noise_multiplier:
-            return (cohorts.event(**self._central),)
-        if not facts.central_noise_multiplier:
-            return (local,)
-        return cohorts.event(**self._central), local
+        return (central, local) if facts.central_noise_multiplier else (local,)
 
     @property
     def notes(self) -> dict[str, str]:
@@ -467,10 +467,8 @@ def _engine(name: str) -> tuple[Callable[..., AveragingProcess], Any]:
 
 def _guaranteed(cohorts: "Cohorts") -> int:
     """How many clients every cohort is sure to have."""
-    if cohorts.name == "poisson":
-        return 0
     size = int(cohorts.clients_per_round)
-    return size if cohorts.name == "fixed" else cohorts.num_clients % size or size
+    return {"fixed": size, "cyclic": cohorts.num_clients % size or size}.get(cohorts.name, 0) if size else 0
 
 
 def _quantile(clipping: Any) -> float | None:

@@ -8,25 +8,25 @@ runs again. Knows nothing of how a round is computed.
 
 import dataclasses
 import functools
-import importlib.util
 import logging
 import math
 import os
 import pathlib
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from federated import cohorts as cohorts_module
 from federated import runtime
 from federated._budget import Budget
 from federated._looks import Evaluate, evaluator, releaser
 from federated._progress import progress_bar
 from federated.averaging import AveragingProcess
 from federated.checkpoints import FOLDER_NAME, Checkpoint, Checkpoints
-from federated.clients import ClientData, poisson_cohort, sampling_probability
+from federated.clients import ClientData
+from federated.cohorts import Cohorts
 from tfprivacy_ft import _check, accounting, ledger
 from tfprivacy_ft.compute_epsilon import Report, compute_epsilon
 from tfprivacy_ft.errors import (
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 __all__ = ["SimulationResult", "simulate"]
 
 _DEFAULT_LOOKS = 20
-_OF_COHORTS = ("num_clients", "clients_per_round", "name", "event", "draw", "position", "go_on_from")
 _MOST_RETRIES = 3  # of one round whose worker was lost
 
 _log = logging.getLogger(__name__)
@@ -89,7 +88,7 @@ def simulate(
     *,
     rounds: int,
     delta: float,
-    cohorts: Any = "poisson",
+    cohorts: str | Cohorts = "poisson",
     clients_per_round: float | None = None,
     target_epsilon: float | None = None,
     run_dir: str | os.PathLike[str] | None = None,
@@ -116,8 +115,8 @@ def simulate(
         rounds: >= 1. With `checkpoint_every`, those of the whole run, however often it is cut short and goes on; else those
             of this call.
         delta: Of the epsilon reported, in (0, 1), well below 1 / len(clients).
-        cohorts: How the clients of a round are chosen: `"poisson"`, the name of another way, or a `Cohorts` object over these
-            clients.
+        cohorts: How the clients of a round are chosen: `"poisson"`, `"fixed"` or `"cyclic"`, or a `Cohorts` object over these
+            clients. The ledger holds it, and epsilon goes with it.
         clients_per_round: Expected size of a cohort. The process knows it; any other number is refused.
         target_epsilon: The budget of one client, > 0, for the whole ledger, also one that is continued: the round that would
             pass it does not run, and the state is that of the last one that may; a warning is logged. None for no limit.
@@ -182,7 +181,7 @@ def simulate(
     with make(delta=delta, facts={**facts, "target_epsilon": target_epsilon}) as book, _ending_worker_on_interrupt():
         if figures is not None:
             book.note(EVALUATION.kind, EVALUATION.text)  # ahead of the first look
-        for kind, text in getattr(process, "notes", {}).items():
+        for kind, text in process.notes.items():
             book.note(kind, text)
         if checkpoints is None:
             state = process.initialize() if state is None else state  # type: ignore[attr-defined]
@@ -230,7 +229,7 @@ def simulate(
 class _Run:
     """A run on its way: how many rounds are done, the server's state, and the looks so far."""
 
-    def __init__(self, process: Any, clients: Any, cohorts: Any, state: Any, book: Ledger, budget: Budget):
+    def __init__(self, process: Any, clients: Any, cohorts: Cohorts, state: Any, book: Ledger, budget: Budget):
         self._process, self._clients, self._cohorts, self._book, self._budget = process, clients, cohorts, book, budget
         self.state = state
         self.done = 0
@@ -269,7 +268,7 @@ class _Run:
 
     def next_round(self, rounds: int) -> bool:
         """Runs one more round; False if the budget leaves no room for it."""
-        events = _events_of_next_round(self._process, self._cohorts)
+        events = self._process.events(self._cohorts)
         if not self._reserve(events, rounds):
             return False
         cohort = self._read(self._cohorts.draw())
@@ -335,13 +334,6 @@ class _Run:
         return cohort
 
 
-def _events_of_next_round(process: Any, cohorts: Any) -> tuple[Event, ...]:
-    if hasattr(process, "events"):
-        return process.events(cohorts)
-    facts = process.facts
-    return (cohorts.event(noise_multiplier=facts.noise_multiplier, l2_norm_clip=facts.l2_norm_clip),)
-
-
 def _in_full(events: Sequence[Event]) -> tuple[Event, ...]:
     """The same releases once more, with the same members.
 
@@ -355,13 +347,14 @@ def _releases(book: Ledger) -> int:
     return sum(event.count for event in book.events())
 
 
-def _cohorts(given: Any, num_clients: int, process: AveragingProcess) -> Any:
+def _cohorts(given: str | Cohorts, num_clients: int, process: AveragingProcess) -> Cohorts:
     expected = process.facts.expected_clients_per_round
     if isinstance(given, str):
-        return _cohorts_by_name(given, num_clients, expected)
-    if not all(hasattr(given, name) for name in _OF_COHORTS):
+        return cohorts_module.make(given, num_clients, expected)
+    if not isinstance(given, Cohorts):
         raise InvalidArgumentError(
-            f"cohorts is a {type(given).__name__}: give 'poisson', or a Cohorts object over these clients."
+            f"cohorts is a {type(given).__name__}: give 'poisson', 'fixed' or 'cyclic', or a Cohorts object over these "
+            "clients."
         )
     if (given.num_clients, given.clients_per_round) != (num_clients, expected):
         raise InvalidArgumentError(
@@ -369,43 +362,6 @@ def _cohorts(given: Any, num_clients: int, process: AveragingProcess) -> Any:
             f"clients and the process has expected_clients_per_round={expected}: give cohorts of these."
         )
     return given
-
-
-def _cohorts_by_name(name: str, num_clients: int, clients_per_round: float) -> Any:
-    if importlib.util.find_spec("federated.cohorts"):
-        return importlib.import_module("federated.cohorts").make(name, num_clients, clients_per_round)
-    if name != "poisson":
-        raise InvalidArgumentError(f"cohorts={name!r} is unknown: use 'poisson'.")
-    return _Poisson(num_clients, clients_per_round)
-
-
-class _Poisson:
-    """Poisson cohorts, where there is no federated.cohorts."""
-
-    name = "poisson"
-
-    def __init__(self, num_clients: int, clients_per_round: float):
-        self.num_clients, self.clients_per_round = num_clients, clients_per_round
-        self._probability = sampling_probability(num_clients, clients_per_round)
-        self._rng = np.random.default_rng(secrets.randbits(256))
-
-    def event(self, **mechanism: Any) -> Event:
-        return Event.poisson(
-            count=1,
-            unit="client",
-            sampling_probability=self._probability,
-            population=self.num_clients,
-            **mechanism,
-        )
-
-    def draw(self) -> np.ndarray:
-        return poisson_cohort(self.num_clients, self._probability, self._rng)
-
-    def position(self) -> dict[str, Any]:
-        return {}
-
-    def go_on_from(self, position: Mapping[str, Any], *, released_since: int | None = None) -> None:
-        pass
 
 
 def _check_clients(clients: Any) -> None:

@@ -252,6 +252,22 @@ def test_cohorts_of_any_kind_state_what_a_round_of_theirs_is(noisy, clients, tmp
     assert ledger.read(tmp_path).facts["cohorts"] == "of the test"
 
 
+def test_noise_of_clients_and_of_the_server_are_two_figures_in_the_ledger(make_process, clients, tmp_path):
+    process = make_process(noise_multiplier=1.5, local_noise_multiplier=4.0)
+    result = simulate(process, clients, run_dir=tmp_path, rounds=5, cohorts="cyclic")
+    central, local = ledger.read(tmp_path).events
+    assert (central.sampler, central.count, central.participations, central.noise_multiplier) == ("shuffled", 5, 2, 1.5)
+    assert (local.sampler, local.count, local.participations, local.noise_multiplier) == ("local", 5, 2, 4.0)
+    of_local = accounting.gaussian_epsilon(noise_multiplier=2.0, delta=DELTA, releases=2)
+    assert {a.relation: a.epsilon for a in result.report.accounts}["local"] == pytest.approx(of_local)
+    assert result.history[-1]["epsilon"] == max(a.epsilon for a in result.report.accounts)
+
+
+def test_multiplicative_noise_alone_is_an_infinite_epsilon_with_the_reason(make_process, clients):
+    result = simulate(make_process(multiplicative_noise=0.5), clients, rounds=2)
+    assert result.epsilon == float("inf") and "noise on a small number is small" in " ".join(str(result.report).split())
+
+
 @pytest.mark.parametrize(
     ("make_event", "spent", "expected"),
     [
