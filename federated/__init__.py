@@ -17,10 +17,16 @@ _HOMES = {
     "split_by_label_skew": "clients",
     "split_by_owner": "clients",
     "split_evenly": "clients",
+    "RecordLevelFacts": "record_level",
+    "RecordLevelProcess": "record_level",
+    "RecordLevelResult": "record_level",
+    "build_record_level_averaging": "record_level",
+    "simulate_records": "record_level",
+    "solve_noise_multipliers": "record_level",
     "SimulationResult": "simulation",
     "simulate": "simulation",
 }
-_MODULES = ("aggregation", "averaging", "client_work", "clients", "packing", "runtime", "simulation")
+_MODULES = ("aggregation", "averaging", "client_work", "clients", "packing", "record_level", "runtime", "simulation")
 
 __all__ = [*_HOMES, *_MODULES]
 
