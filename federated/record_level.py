@@ -123,10 +123,9 @@ class RecordLevelProcess:
         )
 
     # A state holds a model's weights in the same way, whoever is protected.
-    _weights: Any = AveragingProcess
-    assign = _weights.assign
-    model = _weights.model
-    start_from = _weights.start_from
+    assign: Any = AveragingProcess.assign
+    model: Any = AveragingProcess.model
+    start_from: Any = AveragingProcess.start_from
 
 
 def build_record_level_averaging(
@@ -261,10 +260,13 @@ def train_privately(
             (total + tf.cast(facts.l2_norm_clip * noise_multiplier, each.dtype) * each) / facts.expected_batch_size
             for total, each in zip(found.sums, noise, strict=True)
         ]
-        penalties = [0.0 if own is None else tf.cast(own, tf.float32) for own in found.data_independent]
+        gradients = [
+            mean if penalty is None else mean + tf.cast(penalty, mean.dtype)
+            for mean, penalty in zip(means, found.data_independent, strict=True)
+        ]
         return i + 1, *(
-            weight - tf.cast(facts.client_learning_rate * (mean + penalty), weight.dtype)
-            for weight, mean, penalty in zip(weights, means, penalties, strict=True)
+            weight - tf.cast(facts.client_learning_rate * gradient, weight.dtype)
+            for weight, gradient in zip(weights, gradients, strict=True)
         )
 
     steps = tf.shape(rows)[0]
@@ -339,6 +341,7 @@ def _process_class() -> type:
                 self, composed.initialize, composed.next, composed.get_model_weights, composed.set_model_weights
             )
             self.facts, self._spec, self._build = facts, spec, build
+            self._shapes = [tuple(each.shape) for each in composed.get_model_weights.type_signature.result.trainable]
             self._initialize_fn = Prepared(composed.initialize)
             self._next_fn = Prepared(composed.next, self._prepare)
             self._get_model_weights = Prepared(composed.get_model_weights)
@@ -347,11 +350,17 @@ def _process_class() -> type:
         def _prepare(self, state: Any, client_data: Sequence[Any]) -> tuple[Any, Any]:
             import tensorflow as tf
 
+            weights = getattr(getattr(state, "global_model_weights", None), "trainable", None)
+            if weights is None or [np.shape(value) for value in weights] != self._shapes:
+                raise InvalidArgumentError(
+                    f"state is a {type(state).__name__} that is not of this process: give what its `initialize` or its "
+                    "last `next` returned."
+                )
             rng = np.random.default_rng(secrets.randbits(256))
             noise = self.facts.noise_multipliers(len(client_data))
             return state, [
-                tf.data.Dataset.from_tensors(_client_element(x, y, self._spec, self.facts, multiplier, rng))
-                for (x, y), multiplier in zip(client_data, noise, strict=True)
+                tf.data.Dataset.from_tensors(_client_element(client, self._spec, self.facts, multiplier, rng))
+                for client, multiplier in zip(client_data, noise, strict=True)
             ]
 
     Process.__name__ = Process.__qualname__ = "RecordLevelProcess"
@@ -359,10 +368,12 @@ def _process_class() -> type:
 
 
 def _client_element(
-    x: Any, y: Any, spec: Any, facts: RecordLevelFacts, noise_multiplier: float, rng: np.random.Generator
+    client: Any, spec: Any, facts: RecordLevelFacts, noise_multiplier: float, rng: np.random.Generator
 ) -> tuple[Any, ...]:
     """What one client trains on in one round, as in `train_privately`."""
-    x, y = packing._as(x, spec[0], "x"), packing._as(y, spec[1], "y")
+    if not (isinstance(client, tuple | list) and len(client) == 2):
+        raise InvalidArgumentError(f"a client is a {type(client).__name__}: give a pair of arrays (x, y).")
+    x, y = (packing._as(part, its, name) for part, its, name in zip(client, spec, "xy", strict=True))
     if len(x) != len(y):
         raise DatasetError(f"a client has {len(x)} examples and {len(y)} labels: give one label per example.")
     q = _sampling_probability(len(x), facts.expected_batch_size)
@@ -430,10 +441,9 @@ def solve_noise_multipliers(
         InvalidArgumentError: An argument is outside its range, or no noise reaches the target.
 
     Example:
-        >>> small, large = solve_noise_multipliers(
-        ...     [100, 400], target_epsilon=3, delta=1e-5, expected_batch_size=50, local_steps=1, rounds=10)
-        >>> small > large
-        True
+        >>> plan = {"delta": 1e-5, "expected_batch_size": 50, "local_steps": 1, "rounds": 10}
+        >>> [round(z, 2) for z in solve_noise_multipliers([50, 50], target_epsilon=3, **plan)]
+        [4.4, 4.4]
     """
     _check.positive_integer(local_steps=local_steps, rounds=rounds)
     _check.positive(expected_batch_size=expected_batch_size)
@@ -526,7 +536,7 @@ def simulate_records(
         raise InvalidArgumentError(
             f"process is a {type(process).__name__}: give what federated.build_record_level_averaging returned."
         )
-    _check.positive_integer(rounds=rounds, evaluate_every=evaluate_every or 1)
+    _check.positive_integer(rounds=rounds, evaluate_every=rounds if evaluate_every is None else evaluate_every)
     if target_epsilon is not None:
         _check.positive(target_epsilon=target_epsilon)
     data = _by_name(clients)

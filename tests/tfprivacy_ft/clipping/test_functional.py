@@ -221,6 +221,21 @@ def test_weights_that_multiply_the_loss_are_no_mask():
         assert_same([s.numpy() for s in found.sums], expected)
 
 
+def test_a_mask_counts_the_steps_of_its_own_example():
+    """The loss of an example alone is divided by its own valid steps, and has a fast rule all the same."""
+
+    def masked(weights, constants, x, y, mask):
+        errors = tf.square(tf.linalg.matvec(tf.reshape(x, [-1, 3]), weights[0]) - tf.reshape(y, [-1]))
+        return tf.reduce_sum(tf.reshape(errors, [-1, 5]) * mask) / tf.reduce_sum(mask)
+
+    x, y, mask = rows(5, 3), rows(5, seed=2), (np.arange(5) <= np.arange(EXAMPLES)[:, None] % 5).astype(np.float32)
+    found = clipped_sum_of_function(masked, [tf.ones([3])], (x, y, mask), 1.0)
+    assert found.rules is not None
+    residual = 2 * mask * (x.sum(2) - y) / mask.sum(1, keepdims=True)
+    each = [[gradient] for gradient in np.einsum("bt,btd->bd", residual, x)]
+    assert_same(found.sums, reference.clipped_sum(each, 1.0))
+
+
 def test_what_mixes_examples_is_refused():
     def centred(weights, constants, x, y):
         outputs = tf.matmul(x - tf.reduce_mean(x, 0), weights[0])
