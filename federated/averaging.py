@@ -415,7 +415,7 @@ def build_averaging(
         _check.positive_integer(clients_at_once=clients_at_once)
     run, weights_class = _engine(engine)
     apart, keras_model = stateless.stateless_model(model)
-    x_spec, y_spec = example_spec or _example_spec(keras_model, loss)
+    x_spec, y_spec = example_spec or spec_of(keras_model, loss)
     round_ = rounds.Round(
         model=apart,
         loss=client_work.per_example_loss(loss),
@@ -523,7 +523,8 @@ def _check_server_optimizer(optimizer: Any, learning_rate: Any, momentum: float)
         )
 
 
-def _example_spec(model: "tf.keras.Model", loss: Any) -> tuple["tf.TensorSpec", "tf.TensorSpec"]:
+def spec_of(model: "tf.keras.Model", loss: Any) -> tuple["tf.TensorSpec", "tf.TensorSpec"]:
+    """Shape and type of one example and of one label, as a model and a loss take them."""
     import tensorflow as tf
 
     inputs, outputs = getattr(model, "inputs", None) or [], getattr(model, "outputs", None) or []

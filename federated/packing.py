@@ -115,7 +115,7 @@ class Packer:
         return _Client(x, y, np.split(np.arange(len(x)), ends[:-1]))
 
     def _checked(self, x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
-        x, y = _as(x, self.x_spec, "x"), _as(y, self.y_spec, "y")
+        x, y = as_given(x, self.x_spec, "x"), as_given(y, self.y_spec, "y")
         if len(x) != len(y):
             raise DatasetError(f"a client has {len(x)} examples and {len(y)} labels: give one label per example.")
         if not len(x):
@@ -155,7 +155,12 @@ class Packer:
         return self.x_spec, self.y_spec
 
 
-def _as(values: Any, spec: "tf.TensorSpec", name: str) -> np.ndarray:
+def as_given(values: Any, spec: "tf.TensorSpec", name: str) -> np.ndarray:
+    """Values (n, ...) as an array of the type that the model takes.
+
+    Raises:
+        DatasetError: The shape or the type is another one.
+    """
     given, wanted = np.asarray(values), np.dtype(spec.dtype.as_numpy_dtype)
     shape = tuple(spec.shape)
     if given.ndim == len(shape) and shape and shape[-1] == 1 and given.shape[1:] == shape[:-1]:

@@ -26,6 +26,7 @@ UNITS = "tests/tfprivacy_ft/clipping/test_units.py"
 ACCUMULATION = "tests/tfprivacy_ft/test_accumulation.py"
 MOVING = "tests/tfprivacy_ft/test_moving_clip.py"
 NOISE = "tests/tfprivacy_ft/test_noise.py"
+FUNCTIONAL = "tests/tfprivacy_ft/clipping/test_functional.py"
 ACCOUNTING = "tests/tfprivacy_ft/test_accounting.py"
 PRIVACY = "tests/federated/test_privacy.py"
 AVERAGING = "tests/federated/test_averaging.py"
@@ -608,6 +609,30 @@ MUTANTS = (
         "delta=tf.cast(0, tf.uint64)",
         NOISE,
         "threads",
+    ),
+    Mutant(
+        "rows that fill the batch of a function count",
+        "clipping/functional.py",
+        "real=every if real is None else real,",
+        "real=every,",
+        FUNCTIONAL,
+        "only_fill",
+    ),
+    Mutant(
+        "labels of minus zero are taken for padding",
+        "clipping/functional.py",
+        "real=every if real is None else real,",
+        "real=real,",
+        FUNCTIONAL,
+        "minus_zero",
+    ),
+    Mutant(
+        "weights that are arguments are taken for a mask",
+        "clipping/graph.py",
+        " or any(op is t.op for t in arguments)",
+        "",
+        FUNCTIONAL,
+        "mask",
     ),
     Mutant(
         "an audit that forgets delta",

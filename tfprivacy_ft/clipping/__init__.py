@@ -1,6 +1,7 @@
 """Per-example clipping of the gradients of an ordinary Keras training step."""
 
 from tfprivacy_ft.clipping.engine import ClippedSum, RoundedClipWarning, SlowClippingWarning, clipped_sum
+from tfprivacy_ft.clipping.functional import clipped_sum_of_function
 from tfprivacy_ft.clipping.rules import Automatic, ClippingRule, Flat, PerLayer
 from tfprivacy_ft.clipping.self_check import ClippingCheck, VariableCheck, check
 
@@ -16,4 +17,5 @@ __all__ = [
     "VariableCheck",
     "check",
     "clipped_sum",
+    "clipped_sum_of_function",
 ]

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import logging
 import warnings
+from collections.abc import Sequence
 
 import tensorflow as tf
 
@@ -64,25 +65,29 @@ class ClippedSum:
 @tf.autograph.experimental.do_not_convert  # what is traced here is written with ops throughout
 def clipped_sum(
     loss: tf.Tensor,
-    variables: list[tf.Variable],
+    variables: list[tf.Variable | tf.Tensor],
     l2_norm_clip: tf.Tensor | float,
     rule: ClippingRule | None = None,
     *,
     rows_per_example: int = 1,
     loss_scale: float | None = None,
     one_by_one_only: bool = False,
+    constants: Sequence[tf.Tensor] = (),
+    real: tf.Tensor | None = None,
 ) -> ClippedSum:
     """Sum over examples of the gradient of each example's loss, clipped to norm `l2_norm_clip`.
 
     Args:
       loss: the scalar loss, symbolic, as Keras hands it to an optimizer inside `train_step`.
-      variables: the trainable variables.
+      variables: the trainable variables; arguments of the traced function may stand for them.
       l2_norm_clip: scalar, > 0; the bound on the norm over all variables together.
       rule: how gradients are shortened to that; None for `Flat()`.
       rows_per_example: consecutive rows of the batch that are one example; its loss is the one Keras gives them together.
       loss_scale: what the loss is multiplied by while it is differentiated, and gradients divided by; for float16. An
         example whose scaled gradient overflows is left out.
       one_by_one_only: whether to use no fast rule, to compare them with.
+      constants: arguments of the traced function that are the same for all examples, and not trained.
+      real: bool [B], False for rows that only fill the batch and add nothing; None for what the step's sample weights say.
 
     Returns:
       A `ClippedSum`.
@@ -98,13 +103,14 @@ def clipped_sum(
             "the loss is an eager tensor, whose examples cannot be told apart: compile without run_eagerly=True."
         )
     _warn_of_rounded_products()
-    data = graphs.data_tensors(loss)
+    weights = graphs.arguments(loss, variables)
+    data = graphs.data_tensors(loss, [*weights, *graphs.arguments(loss, constants)])
     if loss_scale is None:
-        _refuse_float16(loss)
+        _refuse_float16(loss, weights)
     loss_scale = loss_scale or 1.0
     batch_size = _count_examples(data[0], rows_per_example)
     layouts = Layouts(loss, data, rows_per_example)
-    terms = find_terms(loss, layouts)
+    terms = find_terms(loss, layouts, weights)
     independent = _gradients_of(loss, terms.data_independent, variables)
     clip = tf.cast(l2_norm_clip, precision(variables))
     layers = [keras_compat.layer_path(v) for v in variables]
@@ -114,7 +120,7 @@ def clipped_sum(
 
     shares = find_shares(loss, terms, layouts, data, batch_size) if terms.per_example else None
     _refuse_batch_in_state(loss, data)
-    real = one_by_one.real_examples(loss, batch_size)
+    real = one_by_one.real_examples(loss, batch_size) if real is None else real
     matched, reason = (None, None) if one_by_one_only else _match(loss, variables, shares, layouts)
     rules = None
     if matched is None or shares is None:
@@ -122,12 +128,12 @@ def clipped_sum(
         suspect = reason or layouts.first_unknown or layouts.first_coupling
         if data[0].shape[0] != rows_per_example:  # one example is as fast one by one
             _warn_slow(suspect)
-        terms = find_terms(loss, layouts, one_by_one=True)
+        terms = find_terms(loss, layouts, weights, one_by_one=True)
         shares = find_shares(loss, terms, layouts, data, batch_size) if terms.per_example else None
         objective = one_by_one.Objective(loss, shares, terms.data_independent)
         coupled = str(_coupled(layouts.first_unknown or suspect or loss.op))
         sums, norms = one_by_one.clipped_sum(
-            objective, variables, weigh, data, layouts, coupled, batch_size, loss_scale
+            objective, variables, weigh, data, layouts, coupled, batch_size, real, loss_scale
         )
     else:
         rules = [tuple(type(site).__name__.removesuffix("Site") for _, site in sites) for sites in matched]
@@ -141,7 +147,7 @@ _Matched = list[list[tuple[Use, UseSite]]]
 
 
 def _match(
-    loss: tf.Tensor, variables: list[tf.Variable], shares: list[Share] | None, layouts: Layouts
+    loss: tf.Tensor, variables: list[tf.Variable | tf.Tensor], shares: list[Share] | None, layouts: Layouts
 ) -> tuple[_Matched | None, tf.Operation | None]:
     """Each variable's uses with their rules, or None and the op that has no rule."""
     if shares is None:
@@ -183,7 +189,7 @@ def _contributions(matched: _Matched, shares: list[Share], batch_size: tf.Tensor
 
 def _clip_and_sum(
     contributions: list[Contribution | None],
-    variables: list[tf.Variable],
+    variables: list[tf.Variable | tf.Tensor],
     weigh: one_by_one.Weigh,
     real: tf.Tensor,
     loss_scale: float,
@@ -225,11 +231,11 @@ def _count_examples(batch: tf.Tensor, rows_per_example: int) -> tf.Tensor:
         return rows // rows_per_example
 
 
-def _refuse_float16(loss: tf.Tensor) -> None:
+def _refuse_float16(loss: tf.Tensor, weights: list[tf.Tensor]) -> None:
     """Refuses models that compute in float16, where small gradients become zero before they can be measured."""
     made_of_variables: set[int] = set()
     for op in graphs.ancestors([loss]):
-        if op.type in ("ReadVariableOp", "ResourceGather") or any(id(t) in made_of_variables for t in op.inputs):
+        if graphs.reads_weight(op, weights) or any(id(t) in made_of_variables for t in op.inputs):
             made_of_variables.update(id(t) for t in op.outputs)
             if any(t.dtype == tf.float16 for t in op.outputs):
                 raise UnsupportedModelError(
@@ -238,18 +244,20 @@ def _refuse_float16(loss: tf.Tensor) -> None:
                 )
 
 
-def _gradients_of(loss: tf.Tensor, terms: list[tf.Tensor], variables: list[tf.Variable]) -> list[tf.Tensor | None]:
+def _gradients_of(
+    loss: tf.Tensor, terms: list[tf.Tensor], variables: list[tf.Variable | tf.Tensor]
+) -> list[tf.Tensor | None]:
     """Gradients of the data-independent terms of the loss."""
     factors = tf.gradients(loss, terms) if terms else []
     pairs = [(t, f) for t, f in zip(terms, factors, strict=True) if f is not None]
     if not pairs:
         return [None] * len(variables)
-    handles = [loss.graph.capture(v.handle) for v in variables]
+    handles = [loss.graph.capture(graphs.handle_of(v)) for v in variables]
     gradients = tf.gradients([t for t, _ in pairs], handles, grad_ys=[f for _, f in pairs])
     return [None if g is None else tf.convert_to_tensor(g) for g in gradients]
 
 
-def _refuse_coupling(loss: tf.Tensor, variables: list[tf.Variable], layouts: Layouts) -> None:
+def _refuse_coupling(loss: tf.Tensor, variables: list[tf.Variable | tf.Tensor], layouts: Layouts) -> None:
     """Refuses models in which examples see each other before a trainable variable has met them."""
     for op in graphs.ancestors([loss]):
         if op.type == "FusedBatchNormV3" and layouts.of(op.outputs[0]) is COUPLED:

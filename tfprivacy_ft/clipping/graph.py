@@ -43,8 +43,33 @@ def layer_of(op: tf.Operation) -> str:
     return scope_of(op) or op.name
 
 
-def data_tensors(loss: tf.Tensor) -> list[tf.Tensor]:
+def handle_of(weight: tf.Variable | tf.Tensor) -> tf.Tensor:
+    """What a graph knows a weight by: a variable's handle, or the tensor itself."""
+    return getattr(weight, "handle", weight)
+
+
+def arguments(loss: tf.Tensor, tensors: Iterable[tf.Variable | tf.Tensor]) -> list[tf.Tensor]:
+    """Those of `tensors` that are no variables: arguments of the function that was traced, the same for all examples.
+
+    Raises:
+      UnsupportedModelError: one is something else, such as a value that the function computes.
+    """
+    found = [t for t in tensors if handle_of(t) is t]
+    for tensor in found:
+        if getattr(tensor, "graph", None) is not loss.graph or tensor.op.type != "Placeholder":
+            raise UnsupportedModelError(
+                f"the weight {tensor!r} is neither a variable nor an argument of the function that computes the loss: give "
+                "that function its weights as arguments, as `clipped_sum_of_function` does."
+            )
+    return found
+
+
+def data_tensors(loss: tf.Tensor, arguments: Iterable[tf.Tensor] = ()) -> list[tf.Tensor]:
     """What the loss reads that differs between examples: the step's own batch, each with the batch as first axis.
+
+    Args:
+      loss: the traced loss.
+      arguments: tensors of the trace that are the same for all examples.
 
     Raises:
       UnsupportedModelError: a part of the batch has no batch axis (a scalar, a sparse or a ragged tensor), or the
@@ -52,7 +77,7 @@ def data_tensors(loss: tf.Tensor) -> list[tf.Tensor]:
     """
     captured = {id(inner): outer for outer, inner in loss.graph.captures}
     found: list[tf.Tensor] = []
-    for op in ancestors([loss]):
+    for op in ancestors([loss], stop=arguments):
         if op.type == "IteratorGetNext":
             found.extend(t for t in op.outputs if t.consumers())
         elif op.type == "Placeholder":
@@ -78,6 +103,16 @@ def data_tensors(loss: tf.Tensor) -> list[tf.Tensor]:
 
 
 _EAGER = type(tf.constant(0))
+
+
+def outside(loss: tf.Tensor, data: list[tf.Tensor]) -> list[tf.Tensor]:
+    """What enters the trace and is the same for all examples: handles of variables, constants, weights as arguments."""
+    return [op.outputs[0] for op in ancestors([loss], stop=data) if op.type == "Placeholder"]
+
+
+def reads_weight(op: tf.Operation, arguments: Iterable[tf.Tensor]) -> bool:
+    """Whether `op` reads a variable, or is one of the arguments that stand for variables."""
+    return op.type in ("ReadVariableOp", "ResourceGather") or any(op is t.op for t in arguments)
 
 
 def has_own_gradient(tensor: tf.Tensor) -> bool:

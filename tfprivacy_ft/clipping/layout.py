@@ -614,7 +614,7 @@ def _shapes(loss: tf.Tensor, data: list[tf.Tensor], batch: int, length: int) -> 
         for tensor in data:
             dims = [batch] + [length if d is None else d for d in tensor.shape.as_list()[1:]]
             feed.append((tensor, tf.compat.v1.placeholder(tensor.dtype, dims)))
-        feed += [(inner, scratch.capture(inner)) for _, inner in loss.graph.captures]
+        feed += [(t, scratch.capture(t)) for t in graphs.outside(loss, data)]
         fed = {id(old) for old, _ in feed}
         inside = [t for op in graphs.ancestors([loss], stop=data) for t in op.outputs if id(t) not in fed]
         try:

@@ -47,12 +47,13 @@ class Objective:
 
 def clipped_sum(
     objective: Objective,
-    variables: list[tf.Variable],
+    variables: list[tf.Variable | tf.Tensor],
     weigh: Weigh,
     data: list[tf.Tensor],
     layouts: Layouts,
     coupled: str,
     batch_size: tf.Tensor,
+    real: tf.Tensor,
     loss_scale: float = 1.0,
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
     """Sum over examples of clipped gradients of the loss that Keras gives each example alone.
@@ -65,6 +66,7 @@ def clipped_sum(
       layouts: the layouts of the trace.
       coupled: the sentence to fail with when run, where the examples of a batch turn out to see each other.
       batch_size: int32 scalar, examples in the batch.
+      real: bool [B], False for what only fills the batch.
       loss_scale: what the loss is multiplied by while it is differentiated.
 
     Returns:
@@ -73,18 +75,17 @@ def clipped_sum(
     draws = _random_draws(objective.loss, data, layouts)
     by_row = list(data) + [t for t in draws if layouts.has_rows(t)]
     shared = [t for t in draws if not layouts.has_rows(t)]  # one draw for all examples
+    outside = graphs.outside(objective.loss, data)
     rows = tuple(split_rows(t, batch_size) for t in by_row)
     # Where the trace has the batch's size written into it, a batch is made of copies of the example.
     copies = layouts.batch if layouts.batch_is_static else 1
-
-    real = real_examples(objective.loss, batch_size)
     allowed = [*rows, *shared, real, batch_size, *(share.row for share in objective.shares or [])]
 
     dtype = precision(variables)
 
     def body(index, total, norms, losses):
         example = [(t, tf.gather(r, index)) for t, r in zip(by_row, rows, strict=True)]
-        grads, alone = _gradient_of_one(objective, variables, example, shared, copies, loss_scale)
+        grads, alone = _gradient_of_one(objective, variables, example, shared, outside, copies, loss_scale)
         check_isolated(tf.compat.v1.get_default_graph(), data, allowed)
         squares = [tf.cast(tf.reduce_sum(tf.square(g)), dtype) for g in grads]
         norm = tf.sqrt(tf.add_n(squares))
@@ -112,15 +113,15 @@ def clipped_sum(
 
 
 def _gradient_of_one(
-    objective, variables, example, shared, copies: int, loss_scale: float
+    objective, variables, example, shared, outside, copies: int, loss_scale: float
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
     """Gradients of the loss of one example, float32 or float64, and that loss, inside the loop body that is being built."""
     body, loss = tf.compat.v1.get_default_graph(), objective.loss
     feed = [(t, tf.tile(row, [copies] + [1] * (row.shape.rank - 1))) for t, row in example]
     feed += [(t, body.capture(t)) for t in shared]
-    feed += [(inner, body.capture(inner)) for _, inner in loss.graph.captures]
+    feed += [(t, body.capture(t)) for t in outside]
     alone = objective.of_one(feed, copies, body)
-    handles = [body.capture(loss.graph.capture(v.handle)) for v in variables]
+    handles = [body.capture(loss.graph.capture(graphs.handle_of(v))) for v in variables]
     gradients = tf.gradients(alone, handles, grad_ys=tf.constant(loss_scale, alone.dtype))
     return [
         tf.zeros(v.shape, precision([v]))

@@ -8,6 +8,7 @@ Keras gives this example alone" follow without ever guessing a factor: a wrong f
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import tensorflow as tf
 
@@ -38,12 +39,15 @@ class Terms:
     weighed_by_data: bool = False
 
 
-def find_terms(loss: tf.Tensor, layouts: Layouts, *, one_by_one: bool = False) -> Terms:
+def find_terms(
+    loss: tf.Tensor, layouts: Layouts, arguments: Iterable[tf.Tensor] = (), *, one_by_one: bool = False
+) -> Terms:
     """Splits the scalar `loss` into terms of single examples and data-independent terms.
 
     Args:
       loss: the scalar loss.
       layouts: the layouts of the trace.
+      arguments: tensors of the trace that stand for variables.
       one_by_one: whether examples will be replayed alone, so that a tensor with rows for each example needs no proof
         that the rows do not see each other.
     """
@@ -71,7 +75,7 @@ def find_terms(loss: tf.Tensor, layouts: Layouts, *, one_by_one: bool = False) -
         else:
             parts, sized = _linear_parts(tensor.op, layouts)
             if parts is None and not one_by_one and not layouts.batch_is_static:
-                parts = _weighed_part(tensor.op)
+                parts = _weighed_part(tensor.op, arguments)
                 weighed = weighed or parts is not None
             told_apart = told_apart and parts is not None
             stopped += [tensor] if parts is None else []
@@ -107,12 +111,12 @@ def _linear_parts(op: tf.Operation, layouts: Layouts) -> tuple[list[tf.Tensor] |
     return data, layouts.of(factors[0]) is SIZE
 
 
-def _weighed_part(op: tf.Operation) -> list[tf.Tensor] | None:
+def _weighed_part(op: tf.Operation, arguments: Iterable[tf.Tensor]) -> list[tf.Tensor] | None:
     """What `op` multiplies by a weight that is made of data alone, or None if it does no such thing."""
     if op.type not in ("Mul", "MulNoNan", "RealDiv", "Div", "DivNoNan"):
         return None
     behind = [_value_ops(t) for t in op.inputs]
-    learned = [any(o.type in ("ReadVariableOp", "ResourceGather") for o in ops) for ops in behind]
+    learned = [any(graphs.reads_weight(o, arguments) for o in ops) for ops in behind]
     if any(graphs.is_random(o) for ops, is_learned in zip(behind, learned, strict=True) if not is_learned for o in ops):
         return None
     if learned == [True, False] or (learned == [False, True] and op.type == "Mul"):

@@ -40,12 +40,12 @@ class Use:
 
 
 def find_uses(
-    variable: tf.Variable, loss: tf.Tensor, upstream: set[tf.Operation], layouts: Layouts
+    variable: tf.Variable | tf.Tensor, loss: tf.Tensor, upstream: set[tf.Operation], layouts: Layouts
 ) -> tuple[list[Use], tf.Operation | None]:
     """The ops where `variable` meets data on its way to the per-example terms.
 
     Args:
-      variable: a trainable variable.
+      variable: a trainable variable, or an argument of the traced function that stands for one.
       loss: the traced loss.
       upstream: the ops that the per-example terms are computed from.
       layouts: the layouts of the trace.
@@ -53,24 +53,13 @@ def find_uses(
     Returns:
       The uses, and None; or what was found so far and the op that has no rule.
     """
-    handle = _handle_in(loss.graph, variable)
-    if handle is None:
-        return [], None
     shape = tuple(variable.shape.as_list())
-    uses: list[Use] = []
-    values: list[tf.Tensor] = []
-    for op in _distinct(handle.consumers()):
-        if op not in upstream:
-            continue
-        if op.type == "ReadVariableOp":
-            values.append(op.outputs[0])
-        elif op.type == "ResourceGather":
-            uses.append(Use(Meeting(op, 0, op.inputs[0], shape, layouts), [], True))
-        elif op.type in calls.CALLS and sum(t is handle for t in op.inputs) == 1:
-            index = next(i for i, t in enumerate(op.inputs) if t is handle)
-            uses.append(Use(Meeting(op, index, handle, shape, layouts), [], True))
-        else:
-            return uses, op
+    if graphs.handle_of(variable) is variable:
+        values, uses = [variable], list[Use]()
+    else:
+        values, uses, stranger = _reads(variable, loss.graph, upstream, layouts)
+        if stranger is not None:
+            return uses, stranger
     pending = [(value, True) for value in values]
     seen = {id(value) for value in values}
     while pending:
@@ -92,6 +81,28 @@ def find_uses(
                     seen.add(id(output))
                     pending.append((output, is_value and op.type in _SAME_ENTRIES and op.inputs[0] is weight))
     return uses, None
+
+
+def _reads(
+    variable: tf.Variable, graph: tf.Graph, upstream: set[tf.Operation], layouts: Layouts
+) -> tuple[list[tf.Tensor], list[Use], tf.Operation | None]:
+    """The variable's value, once for each time it is read; uses of its handle; and an op that has no rule, or None."""
+    values: list[tf.Tensor] = []
+    uses: list[Use] = []
+    handle, shape = _handle_in(graph, variable), tuple(variable.shape.as_list())
+    for op in _distinct([] if handle is None else handle.consumers()):
+        if op not in upstream:
+            continue
+        if op.type == "ReadVariableOp":
+            values.append(op.outputs[0])
+        elif op.type == "ResourceGather":
+            uses.append(Use(Meeting(op, 0, op.inputs[0], shape, layouts), [], True))
+        elif op.type in calls.CALLS and sum(t is handle for t in op.inputs) == 1:
+            index = next(i for i, t in enumerate(op.inputs) if t is handle)
+            uses.append(Use(Meeting(op, index, handle, shape, layouts), [], True))
+        else:
+            return values, uses, op
+    return values, uses, None
 
 
 def _can_be_pulled_back(op: tf.Operation) -> bool:
