@@ -8,16 +8,14 @@ TFF spends its time starting small operations, once per client and step. Here th
 side, each variable with a leading client axis.
 """
 
-import contextlib
 import copy
 import dataclasses
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from federated import aggregation
+from federated import aggregation, side_by_side
 from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -62,7 +60,7 @@ class StatelessModel:
             [tf.identity((trainable if is_trainable else non_trainable)[i]) for is_trainable, i in self.creation_order]
         )
         with tf.variable_creator_scope(lambda _, **__: next(weights)):
-            model = self.build()
+            model = side_by_side.prepare(self.build())
         output = model(x, training=True)
         return output, tf.add_n([tf.cast(loss, tf.float32) for loss in model.losses] or [tf.constant(0.0)])
 
@@ -213,10 +211,9 @@ def train_side_by_side(
         now = rows[:, i]
         real = now >= 0
         now = tf.where(real, now, -now - 1)
-        with _quiet():
-            stepped = tf.vectorized_map(
-                step, (weights, tf.gather(x, now), tf.gather(y, now), tf.cast(real, tf.float32))
-            )
+        stepped = side_by_side.map_clients(
+            step, (weights, tf.gather(x, now), tf.gather(y, now), tf.cast(real, tf.float32))
+        )
         return i + 1, tuple(tf.ensure_shape(w, shape) for w, shape in zip(stepped, shapes, strict=True))
 
     steps = tf.reduce_sum(tf.cast(tf.reduce_any(rows >= 0, axis=[0, 2]), tf.int32))
@@ -351,17 +348,3 @@ def _wrap(function: Callable[..., Any]) -> "tf.keras.losses.Loss":
             return function(y_true, y_pred)
 
     return Wrapped(reduction="none")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps TensorFlow's remarks on what it turns into loops off the terminal."""
-    import tensorflow as tf
-
-    logger = tf.get_logger()
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
