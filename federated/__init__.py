@@ -47,6 +47,7 @@ _MODULES = (
     "rounds",
     "runtime",
     "server_optimizers",
+    "side_by_side",
     "simulation",
     "stateless",
     "tensorflow_engine",

@@ -8,12 +8,11 @@ TFF spends its time starting small operations, once per client and step. Here th
 side, each variable with a leading client axis.
 """
 
-import contextlib
 import copy
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from federated import side_by_side
 from federated.stateless import StatelessModel
 from tfprivacy_ft.errors import InvalidArgumentError
 
@@ -113,10 +112,9 @@ def train_side_by_side(
         now = rows[:, i]
         real = now >= 0
         now = tf.where(real, now, -now - 1)
-        with _quiet():
-            stepped = tf.vectorized_map(
-                step, (weights, tf.gather(x, now), tf.gather(y, now), tf.cast(real, tf.float32))
-            )
+        stepped = side_by_side.map_clients(
+            step, (weights, tf.gather(x, now), tf.gather(y, now), tf.cast(real, tf.float32))
+        )
         return i + 1, tuple(tf.ensure_shape(w, shape) for w, shape in zip(stepped, shapes, strict=True))
 
     steps = tf.reduce_sum(tf.cast(tf.reduce_any(rows >= 0, axis=[0, 2]), tf.int32))
@@ -136,17 +134,3 @@ def _wrap(function: Callable[..., Any]) -> "tf.keras.losses.Loss":
             return function(y_true, y_pred)
 
     return Wrapped(reduction="none")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps TensorFlow's remarks on what it turns into loops off the terminal."""
-    import tensorflow as tf
-
-    logger = tf.get_logger()
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from federated import side_by_side
 from tfprivacy_ft.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def stateless_model(build: Callable[[], "tf.keras.Model"]) -> tuple[StatelessMod
             "`lambda: models.build_model('cnn', (28, 28, 1), 10)`."
         )
     _refuse_unsupported_layers(model)
-    apply = _by_keras(again) if IS_KERAS_3 else _by_building(build, _creation_order(build))
+    apply = _by_keras(side_by_side.prepare(again)) if IS_KERAS_3 else _by_building(build, _creation_order(build))
     return StatelessModel(_values(model.trainable_weights), _values(model.non_trainable_weights), apply), model
 
 
@@ -126,7 +127,7 @@ def _by_building(build: Callable[[], "tf.keras.Model"], creation_order: list[tup
             [tf.identity((trainable if is_trainable else non_trainable)[i]) for is_trainable, i in creation_order]
         )
         with tf.variable_creator_scope(lambda _, **__: next(weights)):
-            model = build()
+            model = side_by_side.prepare(build())
         output = model(x, training=True)
         return output, model.losses
 

@@ -82,6 +82,13 @@ def patches(images: tf.Tensor, axes: list[Axis]) -> tf.Tensor:
         identity = np.eye(size, dtype=images.dtype.as_numpy_dtype).reshape([*kernel, channels, size])
         seen = tf.nn.conv2d(images, identity, strides, [[0, 0], *([a.before, a.after] for a in axes), [0, 0]])
         return tf.reshape(seen, [-1, count, size])
+    return gathered_patches(images, axes)
+
+
+def gathered_patches(images: tf.Tensor, axes: list[Axis]) -> tf.Tensor:
+    """`patches` by gathers alone."""
+    channels, kernel = images.shape[-1], [a.kernel for a in axes]
+    count, size = int(np.prod([a.positions for a in axes])), channels * int(np.prod(kernel))
     padded = pad(images, axes)
     starts = [np.arange(a.positions) * a.stride for a in axes]
     offsets = [np.arange(a.kernel) * a.dilation for a in axes]
