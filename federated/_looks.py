@@ -21,7 +21,7 @@ __all__ = ["Evaluate", "Release", "evaluator", "releaser"]
 Evaluate = Callable[["tf.keras.Model"], Mapping[str, float]] | tuple[Any, Any]
 Release = Callable[[Mapping[str, float]], None]
 
-_OWN = ("round", "epsilon")
+_OWN = ("round", "epsilon", "clip")
 
 
 def evaluator(evaluate: Evaluate | None, process: AveragingProcess) -> Callable[[Any], dict[str, float]] | None:

@@ -218,6 +218,10 @@ class AveragingProcess:
         )
         return (central, local) if facts.central_noise_multiplier else (local,)
 
+    def measurements(self, state: Any) -> dict[str, float]:
+        """What else a state tells, of what the noise has protected: the clip, where it moves."""
+        return {} if self.facts.target_quantile is None else {"clip": float(state.clip)}
+
     @property
     def notes(self) -> dict[str, str]:
         """What the accounts need to be read with: kind of note -> text."""

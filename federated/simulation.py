@@ -58,7 +58,8 @@ class SimulationResult:
         process: The process that ran.
         state: Its last state, to go on from: `simulate(process, ..., state=result.state)`.
         history: One dictionary per look at the run: `round` (of this call, from 1; with checkpoints, of the whole run),
-            `epsilon` (of the whole ledger up to there, for one client) and the figures of `evaluate`.
+            `epsilon` (of the whole ledger up to there, for one client), the `clip` where it moves, and the figures of
+            `evaluate`.
         report: The privacy spent, by the ledger; `print(result.report)`.
     """
 
@@ -194,7 +195,8 @@ def simulate(
             found = figures(run.state) if figures is not None else {}
             if found:
                 book.figures(found)
-            run.history.append({"round": run.done, "epsilon": run.epsilon(delta), **found})
+            entry = {"round": run.done, "epsilon": run.epsilon(delta), **process.measurements(run.state), **found}
+            run.history.append(entry)
             release(run.history[-1])
 
         def save() -> None:

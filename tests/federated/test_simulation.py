@@ -7,7 +7,7 @@ import pytest
 
 import federated
 from federated import _budget, _progress
-from tfprivacy_ft import accounting, ledger
+from tfprivacy_ft import Adaptive, accounting, ledger
 from tfprivacy_ft.errors import (
     BudgetExceededError,
     DatasetError,
@@ -261,6 +261,13 @@ def test_noise_of_clients_and_of_the_server_are_two_figures_in_the_ledger(make_p
     of_local = accounting.gaussian_epsilon(noise_multiplier=2.0, delta=DELTA, releases=2)
     assert {a.relation: a.epsilon for a in result.report.accounts}["local"] == pytest.approx(of_local)
     assert result.history[-1]["epsilon"] == max(a.epsilon for a in result.report.accounts)
+
+
+def test_the_history_tells_where_a_moving_clip_is(make_process, clients):
+    process = make_process(noise_multiplier=1.0, clipping=Adaptive())
+    result = simulate(process, clients, rounds=3, evaluate_every=1)
+    clips = [look["clip"] for look in result.history]
+    assert clips[-1] == pytest.approx(float(result.state.clip)) and len(set(clips)) == 3
 
 
 def test_multiplicative_noise_alone_is_an_infinite_epsilon_with_the_reason(make_process, clients):
