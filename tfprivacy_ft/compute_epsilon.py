@@ -375,20 +375,26 @@ def fedavg(
     noise_multiplier: float,
     rounds: int,
     delta: float,
-    sampling: Literal["poisson", "fixed"] = "poisson",
+    sampling: Literal["poisson", "fixed", "cyclic"] = "poisson",
     mechanism: Mechanism = "gaussian",
+    local_noise_multiplier: float = 0.0,
 ) -> Report:
     """The privacy of DP federated averaging with these settings, for one client and all of its data.
+
+    Noise of the server protects against those who see the models; noise of the clients against the server, too. Where both
+    are added, there is a figure for each, and where only clients add it, theirs is the only one.
 
     Args:
       num_clients: how many clients there are, >= 1.
       clients_per_round: expected (Poisson) or exact (fixed) cohort, between 1 and `num_clients`.
-      noise_multiplier: standard deviation of the noise on the sum over the clip of one client, >= 0.
+      noise_multiplier: standard deviation of the server's noise on the sum over the clip of one client, >= 0.
       rounds: >= 1.
       delta: in (0, 1).
       sampling: `"poisson"`: each client is in each round independently. `"fixed"`: exactly `clients_per_round`,
         drawn without replacement, which is accounted for replacing one client and costs several times as much.
+        `"cyclic"`: everybody in turn, once in each pass.
       mechanism: as in `dpsgd`.
+      local_noise_multiplier: standard deviation of the noise that a client adds to its own update over the clip, >= 0.
 
     Returns:
       The report.
@@ -406,8 +412,9 @@ def fedavg(
     """
     _check.positive_integer(num_clients=num_clients, clients_per_round=clients_per_round, rounds=rounds)
     _check.at_most("num_clients", num_clients, clients_per_round=clients_per_round)
-    _check.non_negative(noise_multiplier=noise_multiplier)
+    _check.non_negative(noise_multiplier=noise_multiplier, local_noise_multiplier=local_noise_multiplier)
     accounting.check_delta(delta, num_clients)
+    passes = -(-rounds // -(-num_clients // clients_per_round))
     if sampling == "poisson":
         event = Event.poisson(
             count=rounds,
@@ -420,9 +427,23 @@ def fedavg(
         event = Event.fixed(
             count=rounds, noise_multiplier=noise_multiplier, cohort_size=clients_per_round, population=num_clients
         )
+    elif sampling == "cyclic":
+        event = Event.shuffled(
+            count=rounds, passes=passes, noise_multiplier=noise_multiplier, population=num_clients, unit="client"
+        )
     else:
-        raise InvalidArgumentError(f"sampling={sampling!r} is not allowed: give 'poisson' or 'fixed'.")
-    return _report([dataclasses.replace(event, mechanism=mechanism)], delta, None, _TYPED_IN, recorded=False)
+        raise InvalidArgumentError(f"sampling={sampling!r} is not allowed: give 'poisson', 'fixed' or 'cyclic'.")
+    local = Event.local(
+        count=rounds,
+        participations=event.participations,
+        noise_multiplier=local_noise_multiplier,
+        population=num_clients,
+    )
+    events = [event] if noise_multiplier or not local_noise_multiplier else []
+    events += [local] if local_noise_multiplier else []
+    return _report(
+        [dataclasses.replace(e, mechanism=mechanism) for e in events], delta, None, _TYPED_IN, recorded=False
+    )
 
 
 def dpftrl(

@@ -152,9 +152,15 @@ def _add_fedavg(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, required=True, help="rounds in all")
     parser.add_argument(
         "--sampling",
-        choices=("poisson", "fixed"),
+        choices=("poisson", "fixed", "cyclic"),
         default="poisson",
-        help="how cohorts are drawn: each client independently, or a fixed number of them (default: poisson)",
+        help="how cohorts are made: each client independently, a fixed number of them, or all in turn (default: poisson)",
+    )
+    parser.add_argument(
+        "--local-noise-multiplier",
+        type=float,
+        default=0.0,
+        help="noise that each client adds to its own update, over the clip; protects against the server (default: 0)",
     )
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 from epsilon_helpers import DPSGD, FEDAVG, a_run, strict_json
 
-from tfprivacy_ft import statement
+from tfprivacy_ft import accounting, statement
 from tfprivacy_ft.compute_epsilon import best_of, compose, compute_epsilon, dpftrl, dpsgd, fedavg, solve
 from tfprivacy_ft.errors import InvalidArgumentError, LedgerError, UnsupportedEventError
 from tfprivacy_ft.events import Event
@@ -324,3 +324,14 @@ def test_local_releases_are_stated_as_what_they_are():
         "30 rounds, in at most 3 of which any one client of 90 reported, with noise that it added itself (local" in text
     )
     assert "nobody can tell which of any two reports any one client sent" in text
+
+
+def test_noise_of_clients_stands_beside_that_of_the_server():
+    settings = {"num_clients": 90, "clients_per_round": 30, "rounds": 7, "delta": 1e-3}
+    both = fedavg(**settings, noise_multiplier=2.0, local_noise_multiplier=20.0, sampling="cyclic")
+    central, local = sorted(both.accounts, key=lambda account: account.relation != "zero_out")
+    assert central.epsilon == accounting.gaussian_epsilon(noise_multiplier=2.0, delta=1e-3, releases=3)
+    assert local.epsilon == accounting.gaussian_epsilon(noise_multiplier=10.0, delta=1e-3, releases=3)
+    alone = fedavg(**settings, noise_multiplier=0.0, local_noise_multiplier=20.0)
+    assert [account.relation for account in alone.accounts] == ["local"]
+    assert alone.epsilon == accounting.gaussian_epsilon(noise_multiplier=10.0, delta=1e-3, releases=7)
