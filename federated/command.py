@@ -6,6 +6,7 @@ folder of its own, so that no ledger is continued by accident.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import sys
@@ -17,8 +18,7 @@ import numpy as np
 from federated import _columns, cohorts
 from federated.clients import ClientData, clients_from_table, split_evenly
 from tfprivacy_ft import _check, accounting, datasets, ledger, models, plots
-from tfprivacy_ft.accounting import Accountant
-from tfprivacy_ft.errors import DatasetError, InvalidArgumentError, MissingDependencyError
+from tfprivacy_ft.errors import DatasetError, InvalidArgumentError, MissingDependencyError, UnsupportedEventError
 
 if TYPE_CHECKING:
     from federated.evaluation import ClientEvaluation
@@ -282,13 +282,6 @@ def _process(settings: FederateSettings, shape: Sequence[int], classes: int, dra
     """Federated averaging with the noise that keeps all rounds within the target."""
     from federated.averaging import build_averaging
 
-    accountant: Accountant = "rdp" if drawn.name == "fixed" else "pld"  # as reports quote it
-    noise = accounting.solve_noise_multiplier(
-        target_epsilon=settings.target_epsilon,
-        delta=settings.delta,
-        events_for=lambda noise: drawn.event(noise_multiplier=noise, rounds=settings.rounds),
-        accountant=accountant,
-    )
     return build_averaging(
         lambda: models.build_model(settings.model, shape, 1 if classes == 2 else classes),
         loss="binary_crossentropy" if classes == 2 else "sparse_categorical_crossentropy",
@@ -296,9 +289,22 @@ def _process(settings: FederateSettings, shape: Sequence[int], classes: int, dra
         batch_size=settings.batch_size,
         local_epochs=settings.local_epochs,
         l2_norm_clip=settings.l2_norm_clip,
-        noise_multiplier=noise,
+        noise_multiplier=_noise_multiplier(settings, drawn),
         expected_clients_per_round=drawn.clients_per_round,
     )
+
+
+def _noise_multiplier(settings: FederateSettings, drawn: cohorts.Cohorts) -> float:
+    solve = functools.partial(
+        accounting.solve_noise_multiplier,
+        target_epsilon=settings.target_epsilon,
+        delta=settings.delta,
+        events_for=lambda noise: drawn.event(noise_multiplier=noise, rounds=settings.rounds),
+    )
+    try:
+        return solve(accountant="pld")
+    except UnsupportedEventError:  # no PLD is known for cohorts of a fixed size, and reports then quote RDP
+        return solve(accountant="rdp")
 
 
 def _rows_of(clients: ClientData) -> tuple[np.ndarray, np.ndarray]:

@@ -81,7 +81,6 @@ BUNDLED = {"data": "digits", "clients_by": None, "label": None, "classes": None,
         ({"rounds": 0}, "--rounds 0 is not allowed"),
         ({"delta": 1}, "--delta 1.0 is not allowed"),
         ({"target_epsilon": -1}, "--target-epsilon -1.0 is not allowed"),
-        ({"target_epsilon": 1e9}, "--target-epsilon 1000000000.0 is not met"),
         ({"clients_per_round": 41}, "--clients-per-round 41.0 is not allowed with 40 clients"),
         ({"clients_per_round": 2.5, "cohorts": "cyclic"}, "--clients-per-round 2.5 is not allowed for cyclic cohorts"),
         ({"held_out": 1}, "--held-out 1.0 is not allowed"),
@@ -177,10 +176,13 @@ def test_images_come_in_one_array(tmp_path):
 
 
 @pytest.mark.skipif(not TAKES_COHORTS, reason="federated.simulate draws Poisson cohorts only")
-@pytest.mark.parametrize(("way", "sampler"), [("poisson", "poisson"), ("fixed", "fixed"), ("cyclic", "shuffled")])
-def test_a_run_leaves_ledger_report_history_and_model(tff, way, sampler, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("way", "sampler", "size"),
+    [("poisson", "poisson", 30), ("fixed", "fixed", 30), ("cyclic", "shuffled", 10)],  # accounted for by closed forms
+)
+def test_a_run_leaves_ledger_report_history_and_model(tff, way, sampler, size, tmp_path, capsys):
     folder = tmp_path / "run"
-    assert main(words(write(tmp_path), folder, cohorts=way, held_out=0.25)) == 0
+    assert main(words(write(tmp_path), folder, cohorts=way, clients_per_round=size, held_out=0.25)) == 0
     out = capsys.readouterr().out
     book = ledger.read(folder)
     (event,) = book.events
@@ -203,7 +205,7 @@ def test_a_run_leaves_ledger_report_history_and_model(tff, way, sampler, tmp_pat
 
 @pytest.mark.skipif(not TAKES_COHORTS, reason="federated.simulate draws Poisson cohorts only")
 def test_a_bundled_data_set_needs_no_file_and_no_figure_is_released_unasked(tff, tmp_path, capsys):
-    assert main(words(run_dir=tmp_path / "run", **BUNDLED, num_clients=200, delta=1e-4)) == 0
+    assert main(words(run_dir=tmp_path / "run", **BUNDLED, num_clients=20, clients_per_round=20)) == 0
     book = ledger.read(tmp_path / "run")
-    assert book.events[0].population == 200 and book.notes == ()
+    assert book.events[0].population == 20 and book.notes == ()
     assert tf.keras.models.load_model(tmp_path / "run" / "model.keras", compile=False).output_shape == (None, 10)
