@@ -65,7 +65,7 @@ def main():
         name: [last - first for first, last in zip(looks[0][name], looks[-1][name], strict=True)] for name in names
     }
     print("growth" + "".join(f"  {growth[name][0]:+12.1f} {growth[name][1]:+8d}" for name in names))
-    return int(any(megabytes >= MOST_GROWTH_MB or threads > 0 for megabytes, threads in growth.values()))
+    return int(growth["worker"][0] >= MOST_GROWTH_MB or any(threads > 0 for _, threads in growth.values()))
 
 
 if __name__ == "__main__":

@@ -95,7 +95,8 @@ def _keep(binary: str, port: int, listener: socket.socket | None) -> int:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+            # With a heap for every thread, glibc keeps what cohorts of many sizes left behind in each of them.
+            env={"MALLOC_ARENA_MAX": "2", **os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
             preexec_fn=prepare,
         )
         deadline = time.monotonic() + _START_SECONDS
