@@ -20,7 +20,7 @@ _HOMES = {
     "SimulationResult": "simulation",
     "simulate": "simulation",
 }
-_MODULES = ("aggregation", "averaging", "client_work", "clients", "packing", "runtime", "simulation")
+_MODULES = ("aggregation", "averaging", "checkpoints", "client_work", "clients", "packing", "runtime", "simulation")
 
 __all__ = [*_HOMES, *_MODULES]
 
