@@ -4,13 +4,15 @@ Promises: a checkpoint is whole or not there, and on the disk when `save` return
 optimizer, how far the cohorts and the ledger were, and the looks so far: public facts, and never a key of the noise;
 one of another model or of other settings is refused. Knows nothing of how a round is run or accounted for.
 
-Each is a `tff.program.FileProgramStateManager` state: a plain list of a JSON text and the arrays of the server's state. A
-list, because TensorFlow 2.14 cannot save the dictionaries of an optimizer's state where typing_extensions is newer than 4.5.
+Each is a `tff.program.FileProgramStateManager` state (without TFF, a file of NumPy arrays): a plain list of a JSON text and
+the arrays of the server's state. A list, because TensorFlow 2.14 cannot save the dictionaries of an optimizer's state where
+typing_extensions is newer than 4.5.
 """
 
 import asyncio
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import logging
 import os
@@ -68,7 +70,6 @@ class Checkpoints:
 
     Raises:
         CheckpointError: The checkpoints in the folder are of other settings, or of a state of another shape.
-        MissingDependencyError: TFF is not installed.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, settings: Mapping[str, Any], like: Any):
@@ -80,7 +81,6 @@ class Checkpoints:
         self._like = self._flatten(like)
         shapes = [[str(leaf.dtype), *leaf.shape] for leaf in self._like]
         self._settings = json.loads(json.dumps({**settings, "state": shapes}, default=str))
-        self._program = runtime.require_tff().program
         self._refuse_other_settings()
 
     def newest(self) -> Checkpoint | None:
@@ -128,7 +128,9 @@ class Checkpoints:
             ) from error
 
     def _manager(self) -> Any:
-        return self._program.FileProgramStateManager(
+        if importlib.util.find_spec("tensorflow_federated") is None:
+            return _ArraysManager(self._folder)
+        return runtime.require_tff().program.FileProgramStateManager(
             os.fspath(self._folder), prefix=_PREFIX, keep_total=_KEEP, keep_first=False
         )
 
@@ -178,6 +180,32 @@ class Checkpoints:
                 f"the checkpoints in {self._folder} are of another run ({'; '.join(different)}): give the process, the clients "
                 "and the cohorts they were made with, or another run_dir."
             )
+
+
+class _ArraysManager:
+    """What is used of `FileProgramStateManager`, where there is no TFF: a state is a folder with one file of arrays."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+
+    async def get_versions(self) -> list[int]:
+        names = (path.name.removeprefix(_PREFIX) for path in self._folder.glob(f"{_PREFIX}*"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    async def save(self, state: Sequence[Any], version: int) -> None:
+        aside = self._folder / f"{_PREFIX}{version}_temp"
+        aside.mkdir()
+        np.savez(aside / "state.npz", *state)
+        for each in (aside / "state.npz", aside):
+            _sync(each)
+        os.replace(aside, self._folder / f"{_PREFIX}{version}")
+        for old in (await self.get_versions())[:-_KEEP]:
+            shutil.rmtree(self._folder / f"{_PREFIX}{old}")
+
+    async def load(self, version: int, structure: Sequence[Any]) -> list[Any]:
+        with np.load(self._folder / f"{_PREFIX}{version}" / "state.npz") as arrays:
+            text, *leaves = (arrays[f"arr_{i}"] for i in range(len(structure)))
+        return [str(text), *leaves]
 
 
 def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:

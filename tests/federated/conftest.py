@@ -58,3 +58,15 @@ def draw_clients():
         ]
 
     return draw
+
+
+@pytest.fixture
+def replace_next(monkeypatch):
+    """Puts a function of (state, clients) in the place of a process's next round; it is made of the round that was there."""
+
+    def replace(process, make):
+        name = "_next_fn" if hasattr(process, "_next_fn") else "next"  # on TFF, `next` only returns what is behind it
+        real = getattr(process, name)
+        monkeypatch.setattr(process, name, make(real))
+
+    return replace

@@ -32,17 +32,25 @@ def simulate(process, clients, folder, **changes):
     return federated.simulate(process, clients, run_dir=folder, **{**options, **changes})
 
 
-def break_in_round(process, number, monkeypatch):
+@pytest.fixture
+def break_in_round(replace_next):
     """The process fails once in its n-th round from now, as if the power went; monkeypatch.undo mends it."""
-    real, calls = process._next_fn, []
 
-    def broken(state, cohort):
-        calls.append(None)
-        if len(calls) == number:
-            raise RuntimeError("the power failed")
-        return real(state, cohort)
+    def break_(process, number):
+        calls = []
 
-    monkeypatch.setattr(process, "_next_fn", broken)
+        def make(real):
+            def broken(state, cohort):
+                calls.append(None)
+                if len(calls) == number:
+                    raise RuntimeError("the power failed")
+                return real(state, cohort)
+
+            return broken
+
+        replace_next(process, make)
+
+    return break_
 
 
 def released(folder):
@@ -72,7 +80,7 @@ def made(folder, number, **settings):
     return store, checkpoint
 
 
-def test_what_is_saved_is_what_comes_back_and_three_are_kept(tff, tmp_path):
+def test_what_is_saved_is_what_comes_back_and_three_are_kept(tmp_path):
     for number in (8, 9, 10, 11):
         store, checkpoint = made(tmp_path / "c", number)
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
@@ -105,7 +113,7 @@ def test_what_a_crash_left_is_passed_over_and_replaced(tff, tmp_path, caplog):
         store.newest()
 
 
-def test_a_checkpoint_of_another_run_is_refused(tff, tmp_path):
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     made(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"noise_multiplier is 1.0 there and 2.0 here\)"):
         made(tmp_path, 2, noise_multiplier=2.0)
@@ -116,7 +124,7 @@ def test_a_checkpoint_of_another_run_is_refused(tff, tmp_path):
         made(tmp_path, 2)
 
 
-def test_a_checkpoint_that_cannot_be_written_is_said(tff, tmp_path):
+def test_a_checkpoint_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         made(tmp_path / "file" / "c", 1)
@@ -125,8 +133,8 @@ def test_a_checkpoint_that_cannot_be_written_is_said(tff, tmp_path):
 # Runs.
 
 
-def test_a_run_goes_on_where_it_was_cut_short(noisy, clients, tmp_path, monkeypatch, caplog):
-    break_in_round(noisy, 4, monkeypatch)
+def test_a_run_goes_on_where_it_was_cut_short(noisy, clients, tmp_path, monkeypatch, caplog, break_in_round):
+    break_in_round(noisy, 4)
     with pytest.raises(RuntimeError, match="power"):
         simulate(noisy, clients, tmp_path, rounds=5, evaluate=lambda model: {"accuracy": 0.5})
     assert saved(tmp_path) == ["round_2"] and released(tmp_path) == 4
@@ -220,8 +228,10 @@ class InPasses:
         self.next = position["next"] + released_since
 
 
-def test_cohorts_go_on_where_they_were_and_know_what_was_released_since(noisy, clients, tmp_path, monkeypatch):
-    break_in_round(noisy, 4, monkeypatch)
+def test_cohorts_go_on_where_they_were_and_know_what_was_released_since(
+    noisy, clients, tmp_path, monkeypatch, break_in_round
+):
+    break_in_round(noisy, 4)
     with pytest.raises(RuntimeError, match="power"):
         simulate(noisy, clients, tmp_path, cohorts=InPasses())
     monkeypatch.undo()
