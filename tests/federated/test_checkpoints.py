@@ -181,7 +181,7 @@ def test_no_checkpoint_holds_a_key_of_the_noise(noisy, clients, tmp_path, monkey
     monkeypatch.setattr(aggregation, "fresh_noise_key", fresh)
     result = simulate(noisy, clients, tmp_path, checkpoint_every=1, rounds=3)
     files = [path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
-    assert len(keys) >= 3 and len(files) >= 9
+    assert len(keys) >= 3 and len(files) >= 4
     assert not any(word.tobytes() in data for key in keys for word in key for data in files)
     assert any(weights(result)[0].tobytes() in data for data in files)  # a key would be found just so
 
