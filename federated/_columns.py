@@ -60,6 +60,8 @@ def features(table: Any, chosen: Sequence[Any]) -> np.ndarray:
     if not chosen:
         raise DatasetError("there are no features: give at least one column besides those of the owner and the label.")
     parts = {name: numbers(table, name) for name in chosen}
+    if len(parts) < len(chosen):
+        raise DatasetError(f"features={list(chosen)} names a column twice: give each once.")
     if len(parts) == 1 and parts[chosen[0]].ndim > 1:
         return parts[chosen[0]]
     for name, part in parts.items():

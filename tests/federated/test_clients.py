@@ -152,6 +152,7 @@ def test_integers_and_booleans_of_pandas_are_numbers():
         ({}, {"features": ["age", "ill"]}, "column 'ill' is the label and cannot be a feature"),
         ({}, {"features": ["patient"]}, "column 'patient' is the owner and cannot be a feature"),
         ({}, {"features": []}, "there are no features"),
+        ({}, {"features": ["age", "age"]}, "names a column twice"),
         ({}, {"features": "age"}, "features='age' is one name"),
         ({}, {"owner": "ill"}, "'ill' is given as owner and as label"),
         ({"age": ["senior", "young", "senior", "young"]}, {}, "column 'age' holds text"),
