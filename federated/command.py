@@ -7,6 +7,7 @@ folder of its own, so that no ledger is continued by accident.
 
 import dataclasses
 import functools
+import importlib.util
 import os
 import pathlib
 import sys
@@ -124,7 +125,7 @@ def run_federate(settings: FederateSettings) -> "SimulationResult":
     Raises:
         InvalidArgumentError: The folder holds a run already, or no noise reaches the target.
         DatasetError: The file cannot be read, or is no table of numbers with these columns.
-        MissingDependencyError: TensorFlow Federated, or what reads the file, is not installed.
+        MissingDependencyError: What reads the file is not installed.
     """
     from federated.simulation import simulate
 
@@ -291,6 +292,7 @@ def _process(settings: FederateSettings, shape: Sequence[int], classes: int, dra
         l2_norm_clip=settings.l2_norm_clip,
         noise_multiplier=_noise_multiplier(settings, drawn),
         expected_clients_per_round=drawn.clients_per_round,
+        engine="tff" if importlib.util.find_spec("tensorflow_federated") else "tensorflow",
     )
 
 

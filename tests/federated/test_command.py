@@ -1,7 +1,6 @@
 """`tfprivacy-ft federate`: what it refuses, what it reads, and what it leaves behind."""
 
 import csv
-import inspect
 import json
 import sys
 
@@ -9,14 +8,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import federated
 from federated.command import FederateSettings, _from_file, read_table
 from tfprivacy_ft import ledger
 from tfprivacy_ft.cli import main
 from tfprivacy_ft.compute_epsilon import compute_epsilon
 from tfprivacy_ft.errors import DatasetError, MissingDependencyError
-
-TAKES_COHORTS = "cohorts" in inspect.signature(federated.simulate).parameters
 
 RNG = np.random.default_rng(0)
 TABLE = {
@@ -175,12 +171,11 @@ def test_images_come_in_one_array(tmp_path):
     assert (clients.x.shape, len(clients), classes) == ((6, 4, 4, 1), 3, 3) and (clients.x == 1).all()
 
 
-@pytest.mark.skipif(not TAKES_COHORTS, reason="federated.simulate draws Poisson cohorts only")
 @pytest.mark.parametrize(
     ("way", "sampler", "size"),
     [("poisson", "poisson", 30), ("fixed", "fixed", 30), ("cyclic", "shuffled", 10)],  # accounted for by closed forms
 )
-def test_a_run_leaves_ledger_report_history_and_model(tff, way, sampler, size, tmp_path, capsys):
+def test_a_run_leaves_ledger_report_history_and_model(way, sampler, size, tmp_path, capsys):
     folder = tmp_path / "run"
     assert main(words(write(tmp_path), folder, cohorts=way, clients_per_round=size, held_out=0.25)) == 0
     out = capsys.readouterr().out
@@ -203,8 +198,7 @@ def test_a_run_leaves_ledger_report_history_and_model(tff, way, sampler, size, t
     assert "holds a run already" in refused(words(write(tmp_path), folder), capsys)
 
 
-@pytest.mark.skipif(not TAKES_COHORTS, reason="federated.simulate draws Poisson cohorts only")
-def test_a_bundled_data_set_needs_no_file_and_no_figure_is_released_unasked(tff, tmp_path, capsys):
+def test_a_bundled_data_set_needs_no_file_and_no_figure_is_released_unasked(tmp_path, capsys):
     assert main(words(run_dir=tmp_path / "run", **BUNDLED, num_clients=20, clients_per_round=20)) == 0
     book = ledger.read(tmp_path / "run")
     assert book.events[0].population == 20 and book.notes == ()
