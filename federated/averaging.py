@@ -447,7 +447,7 @@ def build_averaging(
         by_examples=client_weighting == "examples",
         with_noise=bool(local_noise_multiplier),
     )
-    return run(
+    process = run(
         round_,
         packer,
         facts=facts,
@@ -456,6 +456,8 @@ def build_averaging(
         shapes=[value.shape for value in apart.trainable],
         schedules=(client_learning_rate, getattr(optimizer, "learning_rate", 1.0)),
     )
+    model()  # Keras 2 calls no model that is older than the last one made in a graph: there is a newer one now
+    return process
 
 
 def _engine(name: str) -> tuple[Callable[..., AveragingProcess], Any]:

@@ -443,6 +443,12 @@ def test_without_tff_the_error_says_how_to_add_it(monkeypatch, make_process):
         make_process(engine="tff")
 
 
+def test_models_that_were_there_before_can_still_be_called(make_process):
+    older = models.build_model("logistic", (DIM,), CLASSES)
+    make_process()
+    assert older(np.zeros((2, DIM), np.float32)).shape == (2, CLASSES)
+
+
 def test_it_runs_in_another_thread_and_after_the_worker_died(tff, noisy):
     state, found = noisy.initialize(), []
     runtime._worker._process.kill()

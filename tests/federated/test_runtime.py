@@ -8,7 +8,6 @@ import threading
 import time
 
 import numpy as np
-import psutil
 import pytest
 
 import federated
@@ -22,6 +21,7 @@ from tfprivacy_ft.errors import (
 
 ROOT = pathlib.Path(federated.__file__).parents[1]
 PROGRAM = pathlib.Path(__file__).with_name("_two_rounds.py")
+psutil = pytest.importorskip("psutil", reason="needs requirements/federated.txt")
 
 
 def start(ending):

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 
 import federated
@@ -20,6 +19,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorflow_federated") is None, reason="needs requirements/federated.txt"
 )
 
+psutil = pytest.importorskip("psutil", reason="needs requirements/federated.txt")
 ROOT = pathlib.Path(federated.__file__).parents[1]
 COMMAND = [sys.executable, "-m", "federated.worker"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
