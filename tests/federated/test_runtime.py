@@ -160,12 +160,13 @@ class Killing(list):
 
     def __init__(self, clients, pid):
         super().__init__(clients)
-        self._worker = psutil.Process(pid)
+        self._pid = pid
 
     def __iter__(self):
-        if self._worker.is_running() and self._worker.status() != psutil.STATUS_STOPPED:
-            self._worker.suspend()
-            threading.Timer(0.5, self._worker.kill).start()
+        pid, self._pid = self._pid, None
+        if pid is not None:
+            os.kill(pid, signal.SIGSTOP)
+            threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()
         return super().__iter__()
 
 

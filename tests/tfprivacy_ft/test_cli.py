@@ -158,3 +158,9 @@ def test_ctrl_c_ends_with_130_without_a_traceback_or_a_worker(tmp_path):
     psutil.wait_procs(workers, timeout=60)
     assert not any(worker.is_running() for worker in workers)
     assert ledger.read(book).events
+
+
+@pytest.mark.skipif(HAS_TFF, reason="TensorFlow Federated is installed")
+def test_a_worker_needs_tff(capsys):
+    assert main(["worker", "--port", "8765"]) == 2
+    assert "requirements/federated.txt" in capsys.readouterr().err
