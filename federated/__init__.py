@@ -38,6 +38,7 @@ _HOMES = {
 _MODULES = (
     "aggregation",
     "averaging",
+    "checkpoints",
     "client_work",
     "clients",
     "cohorts",

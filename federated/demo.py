@@ -279,7 +279,6 @@ def _fine_tune_federated(
     )
     model = result.model()
     _save(model, folder)
-    _write_history(folder, result.history)
     _write_report(folder, result.report)
     curve = plots.Curve("federated, private", "round", *_columns(result.history, "round", "accuracy", "epsilon"))
     return Result(curve.title, _accuracy(model, data), result.report, curve)
