@@ -58,3 +58,14 @@ def draw_clients():
         ]
 
     return draw
+
+
+@pytest.fixture
+def wrap_next(monkeypatch):
+    """Puts something between a process and who calls its `next`, until the end of the test or `monkeypatch.undo`."""
+
+    def wrap(process, wrapper):
+        name = "_next_fn" if hasattr(process, "_next_fn") else "next"  # TFF's own `next` is a property
+        monkeypatch.setattr(process, name, wrapper(getattr(process, name)))
+
+    return wrap

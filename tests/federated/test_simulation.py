@@ -74,14 +74,14 @@ def test_what_examples_spent_is_not_taken_from_the_budget_of_clients(noisy, clie
     assert [event.count for event in ledger.read(tmp_path).events if event.unit == "client"] == [2]
 
 
-def test_rounds_are_reserved_before_they_run(noisy, clients, tmp_path, monkeypatch):
+def test_rounds_are_reserved_before_they_run(noisy, clients, tmp_path, wrap_next):
     seen = []
 
     def broken(state, cohort):
         seen.append(ledger.read(tmp_path).events[0].count)
         raise RuntimeError("the power failed")
 
-    monkeypatch.setattr(noisy, "_next_fn", broken)
+    wrap_next(noisy, lambda real: broken)
     with pytest.raises(RuntimeError, match="power"):
         simulate(noisy, clients, run_dir=tmp_path)
     assert seen == [1] and ledger.read(tmp_path).events[0].count == 1
@@ -409,22 +409,30 @@ def test_a_client_of_nan_counts_as_zero(noiseless, draw_clients):
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-def losing(process, times, monkeypatch):
+@pytest.fixture
+def losing(wrap_next):
     """The worker is lost in the first rounds, so many times; returns the cohorts that came."""
-    real, cohorts = process._next_fn, []
 
-    def next_round(state, cohort):
-        cohorts.append([len(x) for x, _ in cohort])
-        if len(cohorts) <= times:
-            raise WorkerLostError("the worker is gone.")
-        return real(state, cohort)
+    def lose(process, times):
+        cohorts = []
 
-    monkeypatch.setattr(process, "_next_fn", next_round)
-    return cohorts
+        def losing_next(real):
+            def next_round(state, cohort):
+                cohorts.append([len(x) for x, _ in cohort])
+                if len(cohorts) <= times:
+                    raise WorkerLostError("the worker is gone.")
+                return real(state, cohort)
+
+            return next_round
+
+        wrap_next(process, losing_next)
+        return cohorts
+
+    return lose
 
 
-def test_a_round_whose_worker_is_lost_is_counted_and_run_once_more(noisy, clients, tmp_path, monkeypatch, caplog):
-    cohorts = losing(noisy, 1, monkeypatch)
+def test_a_round_whose_worker_is_lost_is_counted_and_run_once_more(noisy, clients, tmp_path, losing, caplog):
+    cohorts = losing(noisy, 1)
     result = simulate(noisy, clients, run_dir=tmp_path, rounds=2, cohorts=Cohorts(10, 4, in_passes_of_three))
     (event,) = ledger.read(tmp_path).events
     assert (event.count, event.participations) == (3, 2)  # two rounds of one pass, one of them twice
@@ -432,8 +440,8 @@ def test_a_round_whose_worker_is_lost_is_counted_and_run_once_more(noisy, client
     assert "round 1 is counted once more and run again: the worker is gone." in caplog.text
 
 
-def test_a_worker_that_is_lost_again_and_again_ends_the_run(noisy, clients, tmp_path, monkeypatch):
-    losing(noisy, 99, monkeypatch)
+def test_a_worker_that_is_lost_again_and_again_ends_the_run(noisy, clients, tmp_path, losing):
+    losing(noisy, 99)
     with pytest.raises(WorkerLostError):
         simulate(noisy, clients, run_dir=tmp_path)
     assert ledger.read(tmp_path).events[0].count == 4
