@@ -4,28 +4,28 @@ Promises: a checkpoint is whole or not there, and on the disk when `save` return
 optimizer, how far the cohorts and the ledger were, and the looks so far: public facts, and never a key of the noise;
 one of another model or of other settings is refused. Knows nothing of how a round is run or accounted for.
 
-Each is a `tff.program.FileProgramStateManager` state (without TFF, a file of NumPy arrays): a plain list of a JSON text and
-the arrays of the server's state. A list, because TensorFlow 2.14 cannot save the dictionaries of an optimizer's state where
-typing_extensions is newer than 4.5.
+Each is a `tff.program.FileProgramStateManager` state: a plain list of a JSON text and the arrays of the server's state. A
+list, because TensorFlow 2.14 cannot save the dictionaries of an optimizer's state where typing_extensions is newer than 4.5.
+Where TFF is not installed, the same list is an .npz file.
 """
 
 import asyncio
 import contextlib
 import dataclasses
-import importlib.util
+import functools
 import json
 import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from federated import runtime
-from tfprivacy_ft.errors import CheckpointError
+from tfprivacy_ft.errors import CheckpointError, MissingDependencyError
 from tfprivacy_ft.ledger import Position
 
 __all__ = ["FOLDER_NAME", "Checkpoint", "Checkpoints", "run_coroutine"]
@@ -80,7 +80,9 @@ class Checkpoints:
         self._flatten = lambda state: [np.asarray(leaf) for leaf in tf.nest.flatten(state)]
         self._like = self._flatten(like)
         shapes = [[str(leaf.dtype), *leaf.shape] for leaf in self._like]
-        self._settings = json.loads(json.dumps({**settings, "state": shapes}, default=str))
+        self._kind_of_files = _tff_files() or _ArrayFiles
+        saved_by = "numpy" if self._kind_of_files is _ArrayFiles else "tff"
+        self._settings = json.loads(json.dumps({**settings, "saved by": saved_by, "state": shapes}, default=str))
         self._refuse_other_settings()
 
     def newest(self) -> Checkpoint | None:
@@ -103,11 +105,13 @@ class Checkpoints:
         return None
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Returns when the checkpoint is on the disk; takes about half a second for a small model.
+        """Returns when the checkpoint is on the disk; by TFF that takes about half a second for a small model.
 
         Raises:
             CheckpointError: It could not be written.
         """
+        import tensorflow as tf
+
         about = dataclasses.asdict(dataclasses.replace(checkpoint, state=None))
         leaves = self._flatten(checkpoint.state)
         try:
@@ -116,34 +120,29 @@ class Checkpoints:
                 _sync(self._folder.parent)
             self._write_settings()
             self._clear(checkpoint.round)
-            manager = self._manager()
-            run_coroutine(manager.save([json.dumps(about), *leaves], checkpoint.round))
+            run_coroutine(self._files().save([json.dumps(about), *leaves], checkpoint.round))
             path = self._path(checkpoint.round)
             for each in (*path.rglob("*"), path, self._folder):
                 _sync(each)
-        except OSError as error:
+        except (OSError, tf.errors.OpError) as error:
             raise CheckpointError(
                 f"the checkpoint {self._path(checkpoint.round)} cannot be written ({error}): see that the disk has room, and "
                 "run again, which goes on from the checkpoint before."
             ) from error
 
-    def _manager(self) -> Any:
-        if importlib.util.find_spec("tensorflow_federated") is None:
-            return _ArraysManager(self._folder)
-        return runtime.require_tff().program.FileProgramStateManager(
-            os.fspath(self._folder), prefix=_PREFIX, keep_total=_KEEP, keep_first=False
-        )
+    def _files(self) -> Any:
+        return self._kind_of_files(os.fspath(self._folder))  # TFF's makes the folder, so not before it is needed
 
     def _versions(self) -> list[int]:
         if not self._folder.is_dir():
             return []
-        return run_coroutine(self._manager().get_versions()) or []
+        return run_coroutine(self._files().get_versions()) or []
 
     def _path(self, version: int) -> pathlib.Path:
         return self._folder / f"{_PREFIX}{version}"
 
     def _load(self, version: int) -> Checkpoint:
-        text, *leaves = run_coroutine(self._manager().load(version, ["", *self._like]))
+        text, *leaves = run_coroutine(self._files().load(version, ["", *self._like]))
         about = json.loads(text)
         about["ledger"] = Position(**about["ledger"])
         return Checkpoint(**{**about, "state": self._pack(leaves)})
@@ -182,30 +181,40 @@ class Checkpoints:
             )
 
 
-class _ArraysManager:
-    """What is used of `FileProgramStateManager`, where there is no TFF: a state is a folder with one file of arrays."""
+class _ArrayFiles:
+    """What is needed here of a `tff.program.FileProgramStateManager`, where there is no TFF."""
 
-    def __init__(self, folder: pathlib.Path):
-        self._folder = folder
+    def __init__(self, folder: str):
+        self._folder = pathlib.Path(folder)
 
     async def get_versions(self) -> list[int]:
-        names = (path.name.removeprefix(_PREFIX) for path in self._folder.glob(f"{_PREFIX}*"))
-        return sorted(int(name) for name in names if name.isdecimal())
-
-    async def save(self, state: Sequence[Any], version: int) -> None:
-        aside = self._folder / f"{_PREFIX}{version}_temp"
-        aside.mkdir()
-        np.savez(aside / "state.npz", *state)
-        for each in (aside / "state.npz", aside):
-            _sync(each)
-        os.replace(aside, self._folder / f"{_PREFIX}{version}")
-        for old in (await self.get_versions())[:-_KEEP]:
-            shutil.rmtree(self._folder / f"{_PREFIX}{old}")
+        numbers = (path.name.removeprefix(_PREFIX) for path in self._folder.glob(f"{_PREFIX}*"))
+        return sorted(int(number) for number in numbers if number.isdecimal())
 
     async def load(self, version: int, structure: Sequence[Any]) -> list[Any]:
-        with np.load(self._folder / f"{_PREFIX}{version}" / "state.npz") as arrays:
+        with np.load(self._path(version) / "state.npz", allow_pickle=False) as arrays:
             text, *leaves = (arrays[f"arr_{i}"] for i in range(len(structure)))
-        return [str(text), *leaves]
+        return [text.item(), *leaves]
+
+    async def save(self, program_state: Sequence[Any], version: int) -> None:
+        aside = self._folder / f"{_PREFIX}{version}_temp"
+        aside.mkdir()
+        np.savez(aside / "state.npz", *program_state)
+        aside.rename(self._path(version))
+        for old in (await self.get_versions())[:-_KEEP]:
+            shutil.rmtree(self._path(old))
+
+    def _path(self, version: int) -> pathlib.Path:
+        return self._folder / f"{_PREFIX}{version}"
+
+
+def _tff_files() -> Callable[[str], Any] | None:
+    """Makes TFF's manager of files for a folder; None without TFF."""
+    try:
+        program = runtime.require_tff().program
+    except MissingDependencyError:
+        return None
+    return functools.partial(program.FileProgramStateManager, prefix=_PREFIX, keep_total=_KEEP, keep_first=False)
 
 
 def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:

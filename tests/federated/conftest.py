@@ -61,12 +61,11 @@ def draw_clients():
 
 
 @pytest.fixture
-def replace_next(monkeypatch):
-    """Puts a function of (state, clients) in the place of a process's next round; it is made of the round that was there."""
+def wrap_next(monkeypatch):
+    """Puts something between a process and who calls its `next`, until the end of the test or `monkeypatch.undo`."""
 
-    def replace(process, make):
-        name = "_next_fn" if hasattr(process, "_next_fn") else "next"  # on TFF, `next` only returns what is behind it
-        real = getattr(process, name)
-        monkeypatch.setattr(process, name, make(real))
+    def wrap(process, wrapper):
+        name = "_next_fn" if hasattr(process, "_next_fn") else "next"  # TFF's own `next` is a property
+        monkeypatch.setattr(process, name, wrapper(getattr(process, name)))
 
-    return replace
+    return wrap

@@ -33,22 +33,22 @@ def simulate(process, clients, folder, **changes):
 
 
 @pytest.fixture
-def break_in_round(replace_next):
+def break_in_round(wrap_next):
     """The process fails once in its n-th round from now, as if the power went; monkeypatch.undo mends it."""
 
     def break_(process, number):
         calls = []
 
-        def make(real):
-            def broken(state, cohort):
+        def breaking(real):
+            def next_round(state, cohort):
                 calls.append(None)
                 if len(calls) == number:
                     raise RuntimeError("the power failed")
                 return real(state, cohort)
 
-            return broken
+            return next_round
 
-        replace_next(process, make)
+        wrap_next(process, breaking)
 
     return break_
 
@@ -67,6 +67,21 @@ def saved(folder):
 
 # A folder of checkpoints.
 
+
+@pytest.fixture(params=["tff", "numpy"])
+def files(request, monkeypatch):
+    """With TFF and without."""
+    if request.param == "numpy":
+        monkeypatch.setattr(checkpoints, "_tff_files", lambda: None)
+    else:
+        request.getfixturevalue("tff")
+    return request.param
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
 STATE = {"weights": [np.ones((2, 3), np.float32)], "count": np.int32(4), "key": np.zeros(3, np.uint64)}
 
 
@@ -80,7 +95,7 @@ def made(folder, number, **settings):
     return store, checkpoint
 
 
-def test_what_is_saved_is_what_comes_back_and_three_are_kept(tmp_path):
+def test_what_is_saved_is_what_comes_back_and_three_are_kept(files, tmp_path):
     for number in (8, 9, 10, 11):
         store, checkpoint = made(tmp_path / "c", number)
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
@@ -97,23 +112,23 @@ def test_what_is_saved_is_what_comes_back_and_three_are_kept(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_what_a_crash_left_is_passed_over_and_replaced(tff, tmp_path, caplog):
+def test_what_a_crash_left_is_passed_over_and_replaced(files, tmp_path, caplog):
     made(tmp_path, 1)
     store, _ = made(tmp_path, 2)
     (tmp_path / "round_3_temp1234").mkdir()
-    with open(tmp_path / "round_2" / "saved_model.pb", "r+b") as file:
+    with open(largest(tmp_path / "round_2"), "r+b") as file:
         file.truncate(100)
     assert store.newest().round == 1
     assert "round_2 cannot be read" in caplog.text
     store, _ = made(tmp_path, 2)
     assert store.newest().round == 2 and not list(tmp_path.glob("*_temp*"))
     for path in tmp_path.glob("round_*"):
-        (path / "variables" / "variables.data-00000-of-00001").unlink()
+        largest(path).unlink()
     with pytest.raises(CheckpointError, match="none of the checkpoints"):
         store.newest()
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+def test_a_checkpoint_of_another_run_is_refused(files, tmp_path):
     made(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"noise_multiplier is 1.0 there and 2.0 here\)"):
         made(tmp_path, 2, noise_multiplier=2.0)
@@ -124,7 +139,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         made(tmp_path, 2)
 
 
-def test_a_checkpoint_that_cannot_be_written_is_said(tmp_path):
+def test_a_checkpoint_that_cannot_be_written_is_said(files, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         made(tmp_path / "file" / "c", 1)

@@ -74,14 +74,14 @@ def test_what_examples_spent_is_not_taken_from_the_budget_of_clients(noisy, clie
     assert [event.count for event in ledger.read(tmp_path).events if event.unit == "client"] == [2]
 
 
-def test_rounds_are_reserved_before_they_run(noisy, clients, tmp_path, replace_next):
+def test_rounds_are_reserved_before_they_run(noisy, clients, tmp_path, wrap_next):
     seen = []
 
     def broken(state, cohort):
         seen.append(ledger.read(tmp_path).events[0].count)
         raise RuntimeError("the power failed")
 
-    replace_next(noisy, lambda real: broken)
+    wrap_next(noisy, lambda real: broken)
     with pytest.raises(RuntimeError, match="power"):
         simulate(noisy, clients, run_dir=tmp_path)
     assert seen == [1] and ledger.read(tmp_path).events[0].count == 1
@@ -410,13 +410,13 @@ def test_a_client_of_nan_counts_as_zero(noiseless, draw_clients):
 
 
 @pytest.fixture
-def losing(replace_next):
+def losing(wrap_next):
     """The worker is lost in the first rounds, so many times; returns the cohorts that came."""
 
     def lose(process, times):
         cohorts = []
 
-        def make(real):
+        def losing_next(real):
             def next_round(state, cohort):
                 cohorts.append([len(x) for x, _ in cohort])
                 if len(cohorts) <= times:
@@ -425,7 +425,7 @@ def losing(replace_next):
 
             return next_round
 
-        replace_next(process, make)
+        wrap_next(process, losing_next)
         return cohorts
 
     return lose
