@@ -71,7 +71,9 @@ def map_clients(step: Callable[[Any], Any], elements: Any) -> Any:
         with _quiet():
             found = tf.vectorized_map(step, elements)
     except Exception as error:
-        _log.info("clients train one after the other, as TensorFlow cannot take the model apart: %s", str(error).strip())
+        _log.info(
+            "clients train one after the other, as TensorFlow cannot take the model apart: %s", str(error).strip()
+        )
         one = tf.nest.map_structure(lambda each: tf.TensorSpec(each.shape[1:], each.dtype), elements)
         outputs = tf.function(step, autograph=False).get_concrete_function(one).structured_outputs
         signature = tf.nest.map_structure(lambda each: tf.TensorSpec(each.shape, each.dtype), outputs)
