@@ -106,6 +106,7 @@ def test_convolutions_side_by_side_learn_what_they_learn_one_after_the_other(tff
     _assert_same(ours, theirs)
 
 
+@pytest.mark.slow  # TensorFlow takes a quarter of a minute to vectorise the loop over time
 def test_an_lstm_trains_side_by_side_and_without_preparation_one_client_after_the_other(tff, said, monkeypatch):
     def build():
         import tensorflow as tf
@@ -119,6 +120,24 @@ def test_an_lstm_trains_side_by_side_and_without_preparation_one_client_after_th
     theirs = updates_of(build)
     assert said()[-1].startswith("clients train one after the other, as TensorFlow cannot take the model apart")
     _assert_same(ours, theirs)
+
+
+def test_what_tensorflow_cannot_take_apart_is_computed_one_client_after_the_other(said):
+    tf = pytest.importorskip("tensorflow")
+
+    def step(elements):
+        x, y = elements
+        return tf.data.Dataset.from_tensors(x).get_single_element(), {"sum": x + y}
+
+    @tf.function(autograph=False)
+    def run(x, y):
+        return side_by_side.map_clients(step, (x, y))
+
+    x = [[1.0, 2.0], [3.0, 4.0]]
+    found, others = run(tf.constant(x), tf.constant([[1.0], [2.0]]))
+    assert said()[0].startswith("clients train one after the other, as TensorFlow cannot take the model apart")
+    np.testing.assert_allclose(found, x)
+    np.testing.assert_allclose(others["sum"], [[2.0, 3.0], [5.0, 6.0]])
 
 
 def _assert_same(ours, theirs):
