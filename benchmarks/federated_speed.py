@@ -226,7 +226,7 @@ def picture(path, measured, found):
                 place, ms, f"{ms / rows[OURS][0]:.1f}x" if name != OURS else "", ha="center", va="bottom", fontsize=8
             )
     axes.set_xticks(range(len(measured)), [job.title for job, _ in measured])
-    axes.set(yscale="log", ylabel="ms per round")
+    axes.set(yscale="log", ylabel="ms per round", ylim=(10, None))
     axes.margins(y=0.12)
     names = list(dict.fromkeys(name for _, rows in measured for name in rows))
     axes.legend([axes.bar(0, 0, color=colours[name]) for name in names], names, fontsize=8, loc="upper left")

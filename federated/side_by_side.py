@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["convolution", "map_clients", "prepare"]
 
-# Numbers that the positions of one example see, up to which a copy of them is worth its memory. Beyond, a convolution is
-# so long that starting it once per client costs nothing.
-_MOST_SEEN = 1 << 18
+# Numbers that the positions of one example see, up to which a copy of them for all clients is worth its memory: 256 MiB for
+# 64 clients with batches of 32. Beyond, a convolution is so long that starting it once per client costs little.
+_MOST_SEEN = 1 << 15
 
 _log = logging.getLogger(__name__)
 
