@@ -5,6 +5,7 @@ repeats a row of the same client and is marked. Knows nothing of models or priva
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -134,9 +135,10 @@ class Packer:
             for k, client in enumerate(group):
                 rows[g, k] = -start - 1
                 weights[g, k] = len(client.x) if self.by_examples else 1.0
-                for s, step in enumerate(client.steps):
-                    rows[g, k, s] = -start - 1 - step[0]
-                    rows[g, k, s, : len(step)] = start + step
+                firsts, lengths = np.array([(step[0], len(step)) for step in client.steps]).T[:, :, np.newaxis]
+                taken = rows[g, k, : len(client.steps)]
+                taken[:] = -start - 1 - firsts
+                taken[np.arange(size) < lengths] = start + np.concatenate(client.steps)
                 start += len(client.x)
         if not members:
             x, y = (np.zeros([0, *(n or 0 for n in spec.shape)], spec.dtype.as_numpy_dtype) for spec in self._specs)
@@ -161,8 +163,7 @@ def as_given(values: Any, spec: "tf.TensorSpec", name: str) -> np.ndarray:
     Raises:
         DatasetError: The shape or the type is another one.
     """
-    given, wanted = np.asarray(values), np.dtype(spec.dtype.as_numpy_dtype)
-    shape = tuple(spec.shape)
+    given, (shape, wanted) = np.asarray(values), _shape_and_type(spec)
     if given.ndim == len(shape) and shape and shape[-1] == 1 and given.shape[1:] == shape[:-1]:
         given = given[..., np.newaxis]  # one label per row for a model with one output
     fits = given.ndim == len(shape) + 1 and all(
@@ -173,6 +174,11 @@ def as_given(values: Any, spec: "tf.TensorSpec", name: str) -> np.ndarray:
     if given.dtype != wanted and (given.dtype.kind not in "biuf" or (wanted.kind in "iu" and given.dtype.kind == "f")):
         raise DatasetError(f"{name} of a client is {given.dtype}: the model takes {wanted}.")
     return given.astype(wanted, copy=False)
+
+
+@functools.cache  # TensorFlow takes its time over shapes, and every client is held against these
+def _shape_and_type(spec: "tf.TensorSpec") -> tuple[tuple[int | None, ...], np.dtype]:
+    return tuple(spec.shape), np.dtype(spec.dtype.as_numpy_dtype)
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
