@@ -101,13 +101,15 @@ def _keep(binary: str, port: int, listener: socket.socket | None) -> int:
         )
         deadline = time.monotonic() + _START_SECONDS
         while not _answers(port):
-            if ends & signal.sigpending() or time.monotonic() > deadline:
+            ended = worker.poll() is not None or signal.SIGTERM in signal.sigpending()
+            if ended or time.monotonic() > deadline:
                 return _say("failed the worker ended at its start, or did not answer")
             time.sleep(0.02)
         if listener is not None:
             threading.Thread(target=_relay, args=(listener, port), daemon=True).start()
         _say(f"ready {worker.pid}")
-        signal.sigwait(ends)
+        while signal.sigwait(ends) == signal.SIGCHLD and worker.poll() is None:
+            pass  # it was stopped for a while, or goes on
         return 0
     except OSError as error:
         return _say(f"failed {error.strerror or error}")
