@@ -17,6 +17,7 @@ import csv
 import hashlib
 import io
 import lzma
+import math
 import os
 import time
 from dataclasses import replace
@@ -37,13 +38,13 @@ MOST_STAYS = 40  # of one patient, as published
 L2_NORM_CLIP, LEARNING_RATE, MOMENTUM = 1.0, 0.5, 0.9
 SHA256 = "f97e19baaa5dafede93952ca77ddda7e155e8712b6561165800c3255fbae244e"
 
-# The values of each column as the publication lists them; all others are "none of these".
+# The values of each column as the publication lists them, whether they occur or not; all others are "none of these".
 CHOICES = {
     "race": ("Caucasian", "AfricanAmerican", "Hispanic", "Asian", "Other"),
     "gender": ("Female", "Male"),
-    "admission_type_id": ("1", "2", "3"),
-    "discharge_disposition_id": ("1", "2", "3", "5", "6", "11", "18", "22"),
-    "admission_source_id": ("1", "2", "4", "6", "7", "17"),
+    "admission_type_id": tuple(str(code) for code in range(1, 9)),
+    "discharge_disposition_id": tuple(str(code) for code in range(1, 31)),
+    "admission_source_id": tuple(str(code) for code in range(1, 27)),
     "max_glu_serum": ("Norm", ">200", ">300"),
     "A1Cresult": ("Norm", ">7", ">8"),
     "metformin": ("Steady", "Up", "Down"),
@@ -51,7 +52,7 @@ CHOICES = {
     "change": ("Ch",),
     "diabetesMed": ("Yes",),
 }
-# Counts are taken to at most these, which were set by what such a count means and not by the data.
+# Counts are taken to at most these, round numbers that do not come from the rows that are trained on.
 BOUNDS = {
     "time_in_hospital": 14,
     "num_lab_procedures": 100,
@@ -96,7 +97,7 @@ def at_most_of_each(patients, most, rng):
 def plan_for(num_stays, **protection):
     """How to draw from this many stays: with noise_multiplier= as it is, or solved for with target_epsilon=."""
     make = PrivacyPlan.solve if "target_epsilon" in protection else PrivacyPlan
-    size = round(SAMPLING_PROBABILITY * num_stays)
+    size = math.ceil(SAMPLING_PROBABILITY * num_stays)
     return make(num_examples=num_stays, batch_size=size, epochs=EPOCHS, delta=DELTA, **protection)
 
 
