@@ -173,12 +173,12 @@ def main():
 
     def line(name, noise_multiplier, model, of_stay, of_patient):
         auc = roc_auc_score(y_test, model.predict(x_test, batch_size=4096, verbose=0)[:, 0])
-        print(f"{name:44} {noise_multiplier:6.3f} {of_stay:17.3f} {of_patient:13.3f} {auc:7.4f}", flush=True)
+        print(f"{name:46} {noise_multiplier:6.3f} {of_stay:17.3f} {of_patient:13.3f} {auc:7.4f}", flush=True)
 
     print(
         f"{len(x):,} stays of {len(clients):,} patients to train on, {len(kept):,} with at most {most} of each patient\n"
     )
-    print(f"{'':44} {'noise':>6} {'epsilon of a stay':>17} {'of a patient':>13} {'AUC':>7}")
+    print(f"{'':46} {'noise':>6} {'epsilon of a stay':>17} {'of a patient':>13} {'AUC':>7}")
     for name, rows, stays, plan in (
         ("stays, noise for stays", slice(None), MOST_STAYS, for_stays),
         (f"stays, at most {most} a patient, the same noise", kept, most, plan_for(len(kept), noise_multiplier=noise)),
