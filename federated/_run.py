@@ -164,4 +164,7 @@ def _in_full(events: Sequence[Event]) -> tuple[Event, ...]:
 
 
 def _releases(book: Ledger) -> int:
-    return sum(event.count for event in book.events())
+    """Rounds and other releases so far; what clients and server release in one round counts once."""
+    events = book.events()
+    local = sum(event.count for event in events if event.is_local)
+    return max(local, sum(event.count for event in events) - local)
