@@ -9,8 +9,8 @@ from typing import Any
 
 # Public name -> the module it lives in.
 _HOMES = {
-    "AveragingFacts": "averaging",
-    "AveragingProcess": "averaging",
+    "AveragingFacts": "process",
+    "AveragingProcess": "process",
     "build_averaging": "averaging",
     "ClientData": "clients",
     "ClientEvaluation": "evaluation",
@@ -44,6 +44,7 @@ _MODULES = (
     "cohorts",
     "evaluation",
     "packing",
+    "process",
     "record_level",
     "rounds",
     "runtime",

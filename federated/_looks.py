@@ -9,8 +9,8 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from federated.averaging import AveragingProcess
 from federated.checkpoints import run_coroutine
+from federated.process import AveragingProcess
 from tfprivacy_ft.errors import InvalidArgumentError
 
 if TYPE_CHECKING:

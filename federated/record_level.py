@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from federated import aggregation, averaging, client_work, packing, runtime
-from federated.averaging import AveragingProcess
 from federated.clients import ClientData
+from federated.process import AveragingProcess
 from federated.stateless import stateless_model
 from tfprivacy_ft import _check, accounting
 from tfprivacy_ft.compute_epsilon import Report, compute_epsilon

@@ -22,10 +22,10 @@ from federated._budget import Budget
 from federated._looks import Evaluate, evaluator, releaser
 from federated._progress import progress_bar
 from federated._run import Run
-from federated.averaging import AveragingProcess
 from federated.checkpoints import FOLDER_NAME, Checkpoints
 from federated.clients import ClientData
 from federated.cohorts import Cohorts
+from federated.process import AveragingProcess
 from tfprivacy_ft import _check, accounting
 from tfprivacy_ft.compute_epsilon import Report, compute_epsilon
 from tfprivacy_ft.errors import BudgetExceededError, DatasetError, InvalidArgumentError

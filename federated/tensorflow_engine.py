@@ -4,8 +4,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from federated.averaging import AveragingProcess
 from federated.packing import Packer
+from federated.process import AveragingProcess
 from federated.rounds import AveragingState, Contribution, Round
 
 __all__ = ["RoundOutput", "build"]

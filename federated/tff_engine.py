@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from federated import runtime
-from federated.averaging import AveragingProcess
 from federated.packing import Packer
+from federated.process import AveragingProcess
 from federated.rounds import AveragingState, Contribution, Round, Shard
 
 __all__ = ["build"]

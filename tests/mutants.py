@@ -692,7 +692,7 @@ MUTANTS = (
     ),
     Mutant(
         "noise of another round again",
-        "federated/averaging.py",
+        "federated/process.py",
         "noise_key=aggregation.fresh_noise_key()",
         "noise_key=np.arange(1, 4, dtype=np.uint64)",
         AVERAGING,
@@ -708,7 +708,7 @@ MUTANTS = (
     ),
     Mutant(
         "promised noise that nobody adds",
-        "federated/averaging.py",
+        "federated/process.py",
         "if facts.least_reports > _guaranteed(cohorts):",
         "if False:",
         PRIVACY,
@@ -716,7 +716,7 @@ MUTANTS = (
     ),
     Mutant(
         "weights under privacy",
-        "federated/averaging.py",
+        "federated/process.py",
         'if self.client_weighting == "examples" and (self.is_noisy or self.target_quantile is not None):',
         "if False:",
         PRIVACY,
