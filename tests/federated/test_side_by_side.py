@@ -26,8 +26,9 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_a_prepared_layer_computes_what_it_did_and_the_same_gradients(name):
-    tf = pytest.importorskip("tensorflow")
+def test_a_prepared_layer_computes_what_it_did_and_the_same_gradients(tff, name):
+    import tensorflow as tf
+
     layer, shape, options = CONVOLUTIONS[name]
     inputs = tf.keras.Input(shape)
     model = tf.keras.Model(inputs, getattr(tf.keras.layers, layer)(4, **options)(inputs))
@@ -125,8 +126,8 @@ def test_an_lstm_trains_side_by_side_and_without_preparation_one_client_after_th
     _assert_same(ours, theirs)
 
 
-def test_what_tensorflow_cannot_take_apart_is_computed_one_client_after_the_other(said):
-    tf = pytest.importorskip("tensorflow")
+def test_what_tensorflow_cannot_take_apart_is_computed_one_client_after_the_other(tff, said):
+    import tensorflow as tf
 
     def step(elements):
         x, y = elements
@@ -166,8 +167,9 @@ def test_a_layer_without_a_rule_is_named_and_a_mistake_of_the_model_is_shown(tff
     assert said()[0] == "clients train side by side; one after the other in enlarge"
 
 
-def test_large_images_and_images_of_unknown_size_are_left_to_keras():
-    tf = pytest.importorskip("tensorflow")
+def test_large_images_and_images_of_unknown_size_are_left_to_keras(tff):
+    import tensorflow as tf
+
     for shape in ((None, None, 1), (300, 300, 1)):
         inputs = tf.keras.Input(shape)
         model = side_by_side.prepare(tf.keras.Model(inputs, tf.keras.layers.Conv2D(2, 3)(inputs)))
