@@ -267,3 +267,21 @@ def test_where_the_system_refuses_namespaces_a_warning_says_so(noisy, monkeypatc
     assert "listens on every network interface of this machine" in caplog.text
     assert runtime._worker.target.startswith("localhost:")
     runtime.stop_worker()
+
+
+@pytest.mark.slow
+def test_cohorts_of_many_sizes_leave_no_threads_and_little_memory_behind(noisy, draw_clients):
+    from federated import runtime
+
+    clients = draw_clients([5] * 20)
+    state = noisy.initialize()
+    sizes = np.random.default_rng(0).permutation(20)
+    threads, megabytes = [], []
+    for _ in range(4):
+        for size in sizes:
+            state = noisy.next(state, clients[:size]).state
+        worker = psutil.Process(runtime._worker.pid)
+        threads.append(worker.num_threads())
+        megabytes.append(worker.memory_info().rss / 1e6)
+    assert threads[1] == threads[3]  # TFF's own way of running cohorts adds 24 for each new size
+    assert megabytes[3] - megabytes[1] < 20  # and 18 MB
