@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from federated import client_work, packing, rounds, server_optimizers, stateless
+from federated import client_work, packing, rounds, server_optimizers, side_by_side, stateless
 from federated.process import AveragingFacts, AveragingProcess, Schedule, loss_name, rate_at
 from tfprivacy_ft import _check
 from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedModelError
@@ -141,7 +141,7 @@ def build_averaging(
     if clients_at_once is not None:
         _check.positive_integer(clients_at_once=clients_at_once)
     run, weights_class = _engine(engine)
-    apart, keras_model = stateless.stateless_model(model)
+    apart, keras_model = stateless.stateless_model(model, side_by_side.prepare)
     x_spec, y_spec = example_spec or spec_of(keras_model, loss)
     round_ = rounds.Round(
         model=apart,

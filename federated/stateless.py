@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from federated import side_by_side
 from tfprivacy_ft.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ __all__ = ["StatelessModel", "stateless_model"]
 
 Weights = tuple[Any, ...]
 Apply = Callable[[Weights, Weights, Any], tuple[Any, list[Any]]]
+Prepare = Callable[["tf.keras.Model"], "tf.keras.Model"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +54,14 @@ class StatelessModel:
         return output, tf.add_n([tf.cast(penalty, tf.float32) for penalty in penalties] or [tf.constant(0.0)])
 
 
-def stateless_model(build: Callable[[], "tf.keras.Model"]) -> tuple[StatelessModel, "tf.keras.Model"]:
+def stateless_model(
+    build: Callable[[], "tf.keras.Model"], prepare: Prepare = lambda model: model
+) -> tuple[StatelessModel, "tf.keras.Model"]:
     """Reads a model builder.
 
     Args:
         build: Called without arguments; returns a new Keras model with weights, the same architecture at each call.
+        prepare: Changes how layers of a model compute, and not what, as `side_by_side.prepare`.
 
     Returns:
         The model as a function of its weights, and one Keras model it was read from.
@@ -75,7 +78,7 @@ def stateless_model(build: Callable[[], "tf.keras.Model"]) -> tuple[StatelessMod
             "`lambda: models.build_model('cnn', (28, 28, 1), 10)`."
         )
     _refuse_unsupported_layers(model)
-    apply = _by_keras(side_by_side.prepare(again)) if IS_KERAS_3 else _by_building(build, _creation_order(build))
+    apply = _by_keras(prepare(again)) if IS_KERAS_3 else _by_building(build, prepare, _creation_order(build))
     return StatelessModel(_values(model.trainable_weights), _values(model.non_trainable_weights), apply), model
 
 
@@ -112,11 +115,13 @@ def _is_seed(variable: Any) -> bool:
     return variable.path.endswith("seed_generator_state")
 
 
-def _by_building(build: Callable[[], "tf.keras.Model"], creation_order: list[tuple[bool, int]]) -> Apply:
+def _by_building(
+    build: Callable[[], "tf.keras.Model"], prepare: Prepare, creation_order: list[tuple[bool, int]]
+) -> Apply:
     """For Keras 2: a new model wherever it is called.
 
     Args:
-        build: The model builder.
+        build, prepare: As in `stateless_model`.
         creation_order: For each variable as the builder makes it: (is it trainable, its place among those).
     """
     import tensorflow as tf
@@ -127,7 +132,7 @@ def _by_building(build: Callable[[], "tf.keras.Model"], creation_order: list[tup
             [tf.identity((trainable if is_trainable else non_trainable)[i]) for is_trainable, i in creation_order]
         )
         with tf.variable_creator_scope(lambda _, **__: next(weights)):
-            model = side_by_side.prepare(build())
+            model = prepare(build())
         output = model(x, training=True)
         return output, model.losses
 

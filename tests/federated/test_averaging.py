@@ -452,6 +452,7 @@ def test_models_that_were_there_before_can_still_be_called(make_process):
 def test_it_runs_in_another_thread_and_after_the_worker_died(tff, noisy):
     state, found = noisy.initialize(), []
     runtime._worker._process.kill()
+    runtime._worker.wait()
     thread = threading.Thread(target=lambda: found.append(noisy.next(state, [])))
     thread.start()
     thread.join()

@@ -63,7 +63,7 @@ def updates_of(build):
     """What two clients of different lengths learn, one tensor (k, ...) per variable; the weights depend on shapes alone."""
     import tensorflow as tf
 
-    model, keras_model = stateless.stateless_model(build)
+    model, keras_model = stateless.stateless_model(build, side_by_side.prepare)
     rng = np.random.default_rng(0)
     weights = tuple(rng.normal(scale=0.5, size=value.shape).astype(np.float32) for value in model.trainable)
     shape = keras_model.inputs[0].shape[1:]
