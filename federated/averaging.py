@@ -78,7 +78,8 @@ def build_averaging(
         local_noise_multiplier: Each client adds such noise to its own update before it leaves, >= 0: local privacy, for
             which nobody has to be trusted. Both noises may be used; the ledger holds an epsilon for each.
         least_reports: How many clients' noise is in every sum, >= 0; those who see only models are protected by as much of
-            it. More than 0 needs cohorts of fixed size, and is refused in a round with fewer clients.
+            it. More than 0 needs fixed or cyclic cohorts (of these, one less than the smallest), and is refused in a round
+            with fewer clients.
         multiplicative_noise: Standard deviation of random factors, around 1, on the numbers of the noised mean, >= 0. It
             guarantees nothing, and no epsilon counts on it.
         client_weighting: "equal", or "examples" for a mean weighted by numbers of examples, only without any noise.

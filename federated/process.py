@@ -316,9 +316,14 @@ def loss_name(loss: Any) -> str:
 
 
 def _guaranteed(cohorts: "Cohorts") -> int:
-    """How many clients every cohort is sure to have."""
+    """How many clients' noise is in the sum of every cohort, whichever of two neighbouring data sets it is of.
+
+    Of a fixed cohort, one client is replaced by another, which adds noise as well. In a cyclic one it may not be there at all.
+    """
     size = int(cohorts.clients_per_round)
-    return {"fixed": size, "cyclic": cohorts.num_clients % size or size}.get(cohorts.name, 0) if size else 0
+    if cohorts.name == "cyclic" and size:
+        return (cohorts.num_clients % size or size) - 1
+    return size if cohorts.name == "fixed" else 0
 
 
 def _pairs(variables: Sequence[Any], values: Sequence[Any]) -> list[tuple[Any, np.ndarray]]:
