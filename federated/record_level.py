@@ -23,6 +23,7 @@ from federated import aggregation, averaging, client_work, packing, runtime
 from federated.clients import ClientData
 from federated.process import AveragingProcess
 from federated.stateless import stateless_model
+from federated.tff_engine import in_worker
 from tfprivacy_ft import _check, accounting
 from tfprivacy_ft.compute_epsilon import Report, compute_epsilon
 from tfprivacy_ft.errors import BudgetExceededError, DatasetError, InvalidArgumentError
@@ -317,23 +318,6 @@ def _process_class() -> type:
     """The class of the processes; its bases are TFF's, which is not imported before it is needed."""
     tff: Any = runtime.require_tff()
 
-    class Prepared(tff.Computation):
-        """A computation that runs in our worker, on arguments that are prepared here."""
-
-        def __init__(self, inner: Any, prepare: Callable[..., tuple[Any, ...]] = lambda *args: args):
-            self._inner, self._prepare = inner, prepare
-
-        @property
-        def type_signature(self) -> Any:
-            return self._inner.type_signature
-
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            runtime.ensure_context()
-            return self._inner(*self._prepare(*args, **kwargs))
-
-        def __hash__(self) -> int:
-            return hash(self._inner)
-
     class Process(RecordLevelProcess, tff.learning.templates.LearningProcess):
         __doc__ = RecordLevelProcess.__doc__
 
@@ -343,10 +327,10 @@ def _process_class() -> type:
             )
             self.facts, self._spec, self._build = facts, spec, build
             self._shapes = [tuple(each.shape) for each in composed.get_model_weights.type_signature.result.trainable]
-            self._initialize_fn = Prepared(composed.initialize)
-            self._next_fn = Prepared(composed.next, self._prepare)
-            self._get_model_weights = Prepared(composed.get_model_weights)
-            self._set_model_weights = Prepared(composed.set_model_weights)
+            self._initialize_fn = in_worker(composed.initialize)
+            self._next_fn = in_worker(composed.next, self._prepare)
+            self._get_model_weights = in_worker(composed.get_model_weights)
+            self._set_model_weights = in_worker(composed.set_model_weights)
 
         def _prepare(self, state: Any, client_data: Sequence[Any]) -> tuple[Any, Any]:
             import tensorflow as tf

@@ -10,7 +10,7 @@ from federated.packing import Packer
 from federated.process import AveragingProcess
 from federated.rounds import AveragingState, Contribution, Round, Shard
 
-__all__ = ["build"]
+__all__ = ["build", "in_worker"]
 
 
 def build(round_: Round, packer: Packer, **process: Any) -> AveragingProcess:
@@ -73,15 +73,22 @@ def build(round_: Round, packer: Packer, **process: Any) -> AveragingProcess:
     return _process_class()((initialize, next_round, get_model_weights, set_model_weights), packer=packer, **process)
 
 
+def in_worker(computation: Any, prepare: Callable[..., tuple[Any, ...]] | None = None) -> Any:
+    """A TFF computation that runs where `runtime` says, whichever thread calls it.
+
+    Args:
+        computation: What TFF made.
+        prepare: Makes its arguments of those that it is called with; None for the same.
+    """
+    return _in_worker_class()(computation, prepare)
+
+
 @functools.cache
-def _process_class() -> type:
-    """The class of the processes; its bases are TFF's, which is not imported before it is needed."""
+def _in_worker_class() -> type:
     tff: Any = runtime.require_tff()
 
-    class Guarded(tff.Computation):
-        """A computation that runs in our worker, whichever thread calls it."""
-
-        def __init__(self, inner: Any, prepare: Callable[..., tuple[Any, ...]] | None = None):
+    class InWorker(tff.Computation):
+        def __init__(self, inner: Any, prepare: Callable[..., tuple[Any, ...]] | None):
             self._inner, self._prepare = inner, prepare
 
         @property
@@ -95,6 +102,14 @@ def _process_class() -> type:
         def __hash__(self) -> int:
             return hash(self._inner)
 
+    return InWorker
+
+
+@functools.cache
+def _process_class() -> type:
+    """The class of the processes; its bases are TFF's, which is not imported before it is needed."""
+    tff: Any = runtime.require_tff()
+
     class Process(AveragingProcess, tff.learning.templates.LearningProcess):
         __doc__ = AveragingProcess.__doc__
 
@@ -102,10 +117,10 @@ def _process_class() -> type:
             tff.learning.templates.LearningProcess.__init__(self, *computations)  # checks their types
             AveragingProcess.__init__(self, **process)
             initialize, next_round, get_model_weights, set_model_weights = computations
-            self._initialize_fn = Guarded(initialize)
-            self._next_fn = Guarded(next_round, self._as_data_sets)
-            self._get_model_weights = Guarded(get_model_weights)
-            self._set_model_weights = Guarded(set_model_weights)
+            self._initialize_fn = in_worker(initialize)
+            self._next_fn = in_worker(next_round, self._as_data_sets)
+            self._get_model_weights = in_worker(get_model_weights)
+            self._set_model_weights = in_worker(set_model_weights)
 
         def _as_data_sets(self, state: Any, client_data: Sequence[Any]) -> tuple[Any, Any]:
             import tensorflow as tf
