@@ -20,7 +20,7 @@ from tfprivacy_ft.errors import LedgerDamagedError, WorkerLostError
 from tfprivacy_ft.events import Event, merge
 from tfprivacy_ft.ledger import Ledger
 
-__all__ = ["Run"]
+__all__ = ["Run", "releases"]
 
 _MOST_RETRIES = 3  # of one round whose worker was lost
 
@@ -66,7 +66,8 @@ class Run:
                 "backup, or start a new run folder and count this run as spent."
             )
         self.state, self.done, self.history = checkpoint.state, checkpoint.round, list(checkpoint.history)
-        since = _releases(self._book) - checkpoint.released  # at least one for each round
+        # A round is one release, or one of either kind.
+        since = max(now - then for now, then in zip(releases(self._book), checkpoint.released, strict=True))
         self._cohorts.go_on_from(checkpoint.cohorts, released_since=since)
         self._may_repeat = False
         _log.warning(
@@ -81,7 +82,7 @@ class Run:
             state=self.state,
             cohorts=self._cohorts.position(),
             ledger=self._book.position(),
-            released=_releases(self._book),
+            released=releases(self._book),
             history=self.history,
         )
 
@@ -92,6 +93,12 @@ class Run:
             return False
         self._may_repeat = False
         cohort = self._read(self._cohorts.draw())
+        if len(cohort) < self._process.facts.least_reports:
+            _log.warning(
+                "round %d is counted and left out: too few clients are left for the noise it needs.", self.done + 1
+            )
+            self.done += 1
+            return True
         for retry in range(_MOST_RETRIES + 1):
             try:
                 self.state = self._process.next(self.state, cohort).state
@@ -102,6 +109,10 @@ class Run:
                 _log.warning("round %d is counted once more and run again: %s", self.done + 1, error)
                 if not self._reserve(_in_full(events), rounds):
                     return False
+                if not any(
+                    event.in_passes for event in events
+                ):  # amplified: each attempt is accounted as a draw of its own
+                    cohort = self._read(self._cohorts.draw())
         self.done += 1
         return True
 
@@ -163,8 +174,8 @@ def _in_full(events: Sequence[Event]) -> tuple[Event, ...]:
     return tuple(dataclasses.replace(event, participations=event.count) for event in events)
 
 
-def _releases(book: Ledger) -> int:
-    """Rounds and other releases so far; what clients and server release in one round counts once."""
+def releases(book: Ledger) -> tuple[int, int]:
+    """Releases so far: of clients' own noise, and others."""
     events = book.events()
     local = sum(event.count for event in events if event.is_local)
-    return max(local, sum(event.count for event in events) - local)
+    return local, sum(event.count for event in events) - local

@@ -76,10 +76,10 @@ def build_averaging(
         clipping: `tfprivacy_ft.Adaptive()` moves the clip, from `l2_norm_clip` on, to a quantile of the norms of the clients'
             updates, which it learns privately within the same `noise_multiplier`. None for a clip that stays.
         local_noise_multiplier: Each client adds such noise to its own update before it leaves, >= 0: local privacy, for
-            which nobody has to be trusted. Both noises may be used; the ledger holds an epsilon for each.
+            which nobody has to be trusted. Both noises may be used; the ledger holds an epsilon for each, and that of the
+            server's noise is not amplified, since noise of clients shows how many there were.
         least_reports: How many clients' noise is in every sum, >= 0; those who see only models are protected by as much of
-            it. More than 0 needs fixed or cyclic cohorts (of these, one less than the smallest), and is refused in a round
-            with fewer clients.
+            it. More than 0 needs fixed or cyclic cohorts, and is refused in a round with fewer clients.
         multiplicative_noise: Standard deviation of random factors, around 1, on the numbers of the noised mean, >= 0. It
             guarantees nothing, and no epsilon counts on it.
         client_weighting: "equal", or "examples" for a mean weighted by numbers of examples, only without any noise.
@@ -170,6 +170,7 @@ def build_averaging(
         clients_at_once=clients_at_once or max(1, min(64, 32_000_000 // max(1, apart.num_parameters))),
         by_examples=client_weighting == "examples",
         with_noise=bool(local_noise_multiplier),
+        num_labels=_num_labels(keras_model, loss),
     )
     process = run(
         round_,
@@ -178,7 +179,8 @@ def build_averaging(
         loss=loss,
         build=model,
         shapes=[value.shape for value in apart.trainable],
-        schedules=(client_learning_rate, getattr(optimizer, "learning_rate", 1.0)),
+        kept=tuple(optimizer.initialize([])),
+        schedules=(client_learning_rate, getattr(optimizer, "learning_rate", None)),
     )
     model()  # Keras 2 calls no model that is older than the last one made in a graph: there is a newer one now
     return process
@@ -233,6 +235,15 @@ def _check_server_optimizer(optimizer: Any, learning_rate: Any, momentum: float)
             f"server_learning_rate={learning_rate} and server_momentum={momentum} are for the server's SGD and do not go with "
             "server_optimizer: give them to that optimizer."
         )
+
+
+def _num_labels(model: "tf.keras.Model", loss: Any) -> int | None:
+    """How many labels a loss takes, from 0; None where that is not known."""
+    outputs = getattr(model, "outputs", None) or []
+    ignores = loss.get_config().get("ignore_class") if hasattr(loss, "get_config") else None
+    if len(outputs) != 1 or "sparse" not in loss_name(loss) or ignores is not None:
+        return None
+    return outputs[0].shape[-1]
 
 
 def spec_of(model: "tf.keras.Model", loss: Any) -> tuple["tf.TensorSpec", "tf.TensorSpec"]:

@@ -48,7 +48,7 @@ class Checkpoint:
         state: The server's state.
         cohorts: What `Cohorts.position` said.
         ledger: What `Ledger.position` said.
-        released: Releases in the ledger by then, of whatever kind.
+        released: Releases in the ledger by then: of clients' own noise, and others.
         history: The looks so far, as in `SimulationResult.history`.
     """
 
@@ -56,7 +56,7 @@ class Checkpoint:
     state: Any
     cohorts: dict[str, Any]
     ledger: Position
-    released: int
+    released: tuple[int, int]
     history: list[dict[str, float]]
 
 
@@ -145,6 +145,7 @@ class Checkpoints:
         text, *leaves = run_coroutine(self._files().load(version, ["", *self._like]))
         about = json.loads(text)
         about["ledger"] = Position(**about["ledger"])
+        about["released"] = tuple(about["released"])
         return Checkpoint(**{**about, "state": self._pack(leaves)})
 
     def _clear(self, version: int) -> None:

@@ -56,6 +56,11 @@ def per_example_loss(loss: Any) -> Callable[["tf.Tensor", "tf.Tensor"], "tf.Tens
         if outputs.shape.rank == labels.shape.rank + 1 and outputs.shape[-1] == 1:
             labels = labels[..., tf.newaxis]  # one label, one output: not a mean over every pair of them
         values = tf.cast(unreduced(labels, outputs), tf.float32)
+        if values.shape.rank == 0:
+            raise InvalidArgumentError(
+                "the loss returns one number for a whole batch, of which nobody can tell what fills it up: return one for each "
+                "example."
+            )
         return values if values.shape.rank == 1 else tf.reduce_mean(values, axis=list(range(1, values.shape.rank)))
 
     return each

@@ -46,6 +46,7 @@ class Packer:
         clients_at_once: Most clients in one group.
         by_examples: Whether a client counts by the number of its examples, and not as one.
         with_noise: Whether clients add noise, and get a key for it.
+        num_labels: Labels are whole numbers from 0 to below this; None for labels of any kind.
     """
 
     x_spec: "tf.TensorSpec"
@@ -56,6 +57,7 @@ class Packer:
     clients_at_once: int
     by_examples: bool = False
     with_noise: bool = False
+    num_labels: int | None = None
 
     @property
     def signature(self) -> Shard:
@@ -121,6 +123,11 @@ class Packer:
             raise DatasetError(f"a client has {len(x)} examples and {len(y)} labels: give one label per example.")
         if not len(x):
             raise DatasetError("a client has no examples: leave it out of the cohort.")
+        if self.num_labels is not None and (y.min() < 0 or y.max() >= self.num_labels):
+            raise DatasetError(
+                f"a client has labels other than the whole numbers from 0 to {self.num_labels - 1}: give the model more outputs, "
+                "or leave the client out."
+            )
         return x, y
 
     def _shard(self, groups: list[list[_Client]], at_once: int) -> Shard:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from federated import aggregation, packing, rounds, server_optimizers
-from federated.clients import sampling_probability
+from federated.cohorts import PoissonCohorts
 from tfprivacy_ft import _check
 from tfprivacy_ft.errors import InvalidArgumentError
 from tfprivacy_ft.events import Event, Mechanism
@@ -161,11 +161,13 @@ class AveragingProcess:
         packer: packing.Packer,
         build: Callable[[], "tf.keras.Model"],
         shapes: list[tuple[int, ...]],
-        schedules: tuple[Schedule, Schedule],
+        kept: tuple[str, ...],
+        schedules: tuple[Schedule, Schedule | None],
     ):
         self.facts, self.loss = facts, loss
         self._packer, self._build, self._shapes = packer, build, shapes
-        self._schedules = schedules  # of the clients' learning rate and of the server's
+        self._kept = kept  # what the server's optimizer keeps, by name
+        self._schedules = schedules  # of the clients' learning rate, and of the server's where it can be set
 
     @property
     def loss_name(self) -> str:
@@ -173,24 +175,22 @@ class AveragingProcess:
         return loss_name(self.loss)
 
     def event(self, num_clients: int) -> Event:
-        """One round over a Poisson cohort, as the ledger records what the server's noise protects.
+        """One round over a Poisson cohort: the first of `events`.
 
         Args:
             num_clients: Clients in all, at least `expected_clients_per_round`.
         """
-        return Event.poisson(
-            count=1,
-            unit="client",
-            sampling_probability=sampling_probability(num_clients, self.facts.expected_clients_per_round),
-            population=num_clients,
-            **self._central,
-        )
+        return self.events(PoissonCohorts(num_clients, self.facts.expected_clients_per_round))[0]
 
     def events(self, cohorts: "Cohorts") -> tuple[Event, ...]:
         """What the next round of these cohorts releases, as the ledger records it.
 
         One event for those who see the models; and one for whoever sees what clients send, where these add noise. Where
         only clients add noise, and nobody promises how many there are, theirs is the only one, and holds for everyone.
+
+        Noise of clients shows how many there were: a sum tells whether a client reported at all. What it hides is what the
+        client reported, so that the draw of Poisson cohorts amplifies nothing, and neighbours are those of zero-out, where a
+        blank client adds its noise as before.
 
         Raises:
             InvalidArgumentError: The process counts on more noisy reports than the cohorts have.
@@ -204,6 +204,14 @@ class AveragingProcess:
         central = cohorts.event(**self._central)
         if not facts.local_noise_multiplier:
             return (central,)
+        if central.sampler == "poisson":
+            central = Event.shuffled(
+                count=central.count,
+                passes=central.participations,
+                unit="client",
+                population=cohorts.num_clients,
+                **self._central,
+            )
         local = Event.local(
             count=1,
             noise_multiplier=facts.local_noise_multiplier,
@@ -239,7 +247,8 @@ class AveragingProcess:
     def _prepare(self, state: Any, client_data: Sequence[Any]) -> tuple[Any, list[rounds.Shard]]:
         """What a round needs from outside of TensorFlow: a noise key, the learning rates, and shards of clients."""
         weights = getattr(getattr(state, "global_model_weights", None), "trainable", None)
-        if weights is None or [np.shape(value) for value in weights] != self._shapes:
+        names = tuple(getattr(state, "optimizer", None) or ())
+        if weights is None or [np.shape(value) for value in weights] != self._shapes or names != self._kept:
             raise InvalidArgumentError(
                 f"state is a {type(state).__name__} that is not of this process: give what its `initialize` or its "
                 "last `next` returned."
@@ -250,14 +259,23 @@ class AveragingProcess:
                 f"{len(client_data)} clients are fewer than least_reports={self.facts.least_reports}, whose noise the epsilon "
                 "counts on: run the round with more clients."
             )
+        clip = math.inf if self.facts.clip is None else self.facts.clip
+        if self.facts.target_quantile is not None:
+            clip = float(state.clip)
+            if not math.isfinite(clip):
+                raise InvalidArgumentError(
+                    f"state has a clip of {clip}, as that of a process without one has: give its weights to `start_from` of this."
+                )
         at_clients, at_server = self._schedules
         number = int(state.round_number)
-        if callable(at_server):
-            optimizer = type(state.optimizer)(state.optimizer)
+        optimizer = type(state.optimizer)(state.optimizer)
+        if at_server is not None:
             optimizer[server_optimizers.LEARNING_RATE] = np.float32(rate_at(at_server, number))
-            state = state._replace(optimizer=optimizer)
         return state._replace(
-            client_learning_rate=np.float32(rate_at(at_clients, number)), noise_key=aggregation.fresh_noise_key()
+            clip=np.float32(clip),
+            client_learning_rate=np.float32(rate_at(at_clients, number)),
+            optimizer=optimizer,
+            noise_key=aggregation.fresh_noise_key(),
         ), shards
 
     def assign(self, state: Any, model: "tf.keras.Model") -> None:
@@ -316,14 +334,9 @@ def loss_name(loss: Any) -> str:
 
 
 def _guaranteed(cohorts: "Cohorts") -> int:
-    """How many clients' noise is in the sum of every cohort, whichever of two neighbouring data sets it is of.
-
-    Of a fixed cohort, one client is replaced by another, which adds noise as well. In a cyclic one it may not be there at all.
-    """
+    """How many clients report in every cohort; one whose data are replaced, or blank, still does."""
     size = int(cohorts.clients_per_round)
-    if cohorts.name == "cyclic" and size:
-        return (cohorts.num_clients % size or size) - 1
-    return size if cohorts.name == "fixed" else 0
+    return {"fixed": size, "cyclic": cohorts.num_clients % size or size}.get(cohorts.name, 0) if size else 0
 
 
 def _pairs(variables: Sequence[Any], values: Sequence[Any]) -> list[tuple[Any, np.ndarray]]:

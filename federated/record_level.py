@@ -593,7 +593,7 @@ def _by_name(clients: Clients) -> dict[str, tuple[Any, Any]]:
     if not clients:
         raise DatasetError("no clients were given: give at least one.")
     for name in clients:
-        if not isinstance(name, str) or pathlib.PurePath(name).name != name:
+        if not isinstance(name, str) or name in ("", "..") or pathlib.PurePath(name).name != name:
             raise InvalidArgumentError(
                 f"the client name {name!r} is not allowed: give a string that can name a folder."
             )

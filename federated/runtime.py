@@ -1,9 +1,10 @@
 """Where federated computations run: workers of TensorFlow Federated (TFF), one on this machine or several elsewhere.
 
 Promises: TFF is imported and the local worker started when federated code first needs them; the local worker can be
-reached by this user alone, and dies with this process, however that ends (normal exit, Ctrl-C, `kill -9`); a context
-that the user installed is left alone; a computation that loses its worker is never run again in silence, as each
-attempt at a round is a release of its own. Knows nothing of models, clients or privacy.
+reached by this user alone, or, where the system allows no network namespace, a warning says who else can; it dies with this
+process, however that ends (normal exit, Ctrl-C, `kill -9`); a context that the user installed is left alone; a computation
+that loses its worker is never run again in silence, as each attempt at a round is a release of its own. Knows nothing of
+models, clients or privacy.
 """
 
 import asyncio

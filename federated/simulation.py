@@ -21,7 +21,7 @@ from federated import runtime
 from federated._budget import Budget
 from federated._looks import Evaluate, evaluator, releaser
 from federated._progress import progress_bar
-from federated._run import Run
+from federated._run import Run, releases
 from federated.checkpoints import FOLDER_NAME, Checkpoints
 from federated.clients import ClientData
 from federated.cohorts import Cohorts
@@ -61,8 +61,8 @@ class SimulationResult:
 
     @property
     def epsilon(self) -> float:
-        """Epsilon of one client by the ledger, at the report's delta."""
-        return self.report.epsilon
+        """Epsilon of one client by the ledger, at the report's delta; the largest, where the report has several."""
+        return max((account.epsilon for account in self.report.accounts if account.unit == "client"), default=0.0)
 
     @property
     def weights(self) -> Any:
@@ -111,7 +111,8 @@ def simulate(
             clients. The ledger holds it, and epsilon goes with it.
         clients_per_round: Expected size of a cohort. The process knows it; any other number is refused.
         target_epsilon: The budget of one client, > 0, for the whole ledger, also one that is continued: the round that would
-            pass it does not run, and the state is that of the last one that may; a warning is logged. None for no limit.
+            pass it does not run, and the state is that of the last one that may; a warning is logged. Where clients add
+            noise, too, both figures are to be within it. None for no limit.
         run_dir: Folder of the run's ledger, continued if there is one, and of `history.csv`, which gets a line at each look;
             None keeps the ledger in memory.
         checkpoint_every: Rounds between two checkpoints in `run_dir`, >= 1; the last round has one, too. If there are any, the
@@ -177,6 +178,7 @@ def simulate(
             book.note(kind, text)
         if checkpoints is None:
             state = process.initialize() if state is None else state  # type: ignore[attr-defined]
+        _say_what_is_missing(state, book)
         run = Run(process, clients, drawn, state, book, Budget(book, target_epsilon, delta))
         if checkpoints is not None and run_dir is not None:
             run.go_on_from(checkpoints.newest(), run_dir)
@@ -217,6 +219,15 @@ def simulate(
         run.say_who_dropped_out()
         report = compute_epsilon(book, delta=delta)
     return SimulationResult(process=process, state=run.state, history=run.history, report=report)
+
+
+def _say_what_is_missing(state: Any, book: Ledger) -> None:
+    """A state that went through rounds elsewhere has spent what this ledger does not hold."""
+    earlier = int(state.round_number)
+    if earlier > max(releases(book)):
+        text = f"the run began with a state that {earlier} earlier rounds had trained, which its ledger does not hold."
+        book.note("earlier rounds", text)
+        _log.warning("%s Give the run_dir of those rounds, or add up both reports.", text)
 
 
 def _cohorts(given: str | Cohorts, num_clients: int, process: AveragingProcess) -> Cohorts:

@@ -382,7 +382,8 @@ def fedavg(
     """The privacy of DP federated averaging with these settings, for one client and all of its data.
 
     Noise of the server protects against those who see the models; noise of the clients against the server, too. Where both
-    are added, there is a figure for each, and where only clients add it, theirs is the only one.
+    are added, there is a figure for each, without amplification by sampling, since noise of clients shows how many there were;
+    where only clients add it, theirs is the only one.
 
     Args:
       num_clients: how many clients there are, >= 1.
@@ -415,6 +416,8 @@ def fedavg(
     _check.non_negative(noise_multiplier=noise_multiplier, local_noise_multiplier=local_noise_multiplier)
     accounting.check_delta(delta, num_clients)
     passes = -(-rounds // -(-num_clients // clients_per_round))
+    if sampling == "poisson" and local_noise_multiplier:
+        sampling, passes = "cyclic", rounds  # noise of clients shows how many there were: no draw hides who took part
     if sampling == "poisson":
         event = Event.poisson(
             count=rounds,

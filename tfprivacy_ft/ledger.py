@@ -492,6 +492,11 @@ class Ledger:
                 f"unit={event.unit!r} with examples_per_user={event.examples_per_user} was not reserved: settle with the unit "
                 "of the reservation."
             )
+        if any(one.is_local != event.is_local for one in reserved):
+            raise InvalidArgumentError(
+                f"sampler={event.sampler!r} was not reserved: what clients release themselves is settled as local, and nothing "
+                "else is."
+            )
         if event.sampler in ("poisson", "fixed") and any(_sampling(one) != _sampling(event) for one in reserved):
             raise InvalidArgumentError(
                 f"sampler={event.sampler!r} was not reserved like this: amplification by sampling has to be reserved "

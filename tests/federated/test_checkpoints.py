@@ -90,7 +90,7 @@ def made(folder, number, **settings):
     state = {**STATE, "weights": [np.full((2, 3), number, np.float32)]}
     history = [{"round": number, "epsilon": float("inf")}]
     position = ledger.Position(number, "ab")
-    checkpoint = checkpoints.Checkpoint(number, state, {"next": number}, position, 3 * number, history)
+    checkpoint = checkpoints.Checkpoint(number, state, {"next": number}, position, (number, 3 * number), history)
     store.save(checkpoint)
     return store, checkpoint
 
@@ -301,3 +301,15 @@ def test_kill_9_at_any_moment_counts_every_round_and_the_run_ends(tff, tmp_path)
     assert [row["round"] for row in rows] == ["2", "4", "6", "6", "7"]
     epsilons = [float(row["epsilon"]) for row in rows]
     assert epsilons == sorted(set(epsilons)) and epsilons[-1] == result.epsilon
+
+
+def test_releases_of_clients_and_of_the_server_are_told_apart():
+    from federated import _run
+
+    with ledger.Ledger.in_memory(delta=DELTA) as book:
+        for event in (
+            Event.unknown(count=100, noise_multiplier=1.0, unit="client"),
+            Event.local(count=3, noise_multiplier=1.0),
+        ):
+            book.reserve(event)
+        assert _run.releases(book) == (3, 100)

@@ -94,6 +94,12 @@ def test_bad_clients_are_refused_by_what_is_wrong(bad, says):
         packer().pack([client(1, 3), bad])
 
 
+@pytest.mark.parametrize("labels", [[0, 1, 3], [-1, 0, 1]])
+def test_labels_that_the_model_has_no_output_for_are_refused_and_not_shown(labels):
+    with pytest.raises(DatasetError, match=r"labels other than the whole numbers from 0 to 2:"):
+        packer(num_labels=3).pack([(np.zeros((3, 2)), np.array(labels))])
+
+
 @pytest.mark.parametrize("bad", [client(1, 3), 7])
 def test_a_cohort_that_is_no_list_of_clients_is_refused(bad):
     with pytest.raises(InvalidArgumentError):

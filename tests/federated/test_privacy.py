@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from federated import server_optimizers
+from federated import PoissonCohorts, server_optimizers
 from tfprivacy_ft import Adaptive, models
 from tfprivacy_ft.errors import InvalidArgumentError
 
@@ -274,15 +274,51 @@ def test_events_tell_what_each_party_sees(make_process):
     promised = make_process(noise_multiplier=1.5, local_noise_multiplier=2.0, least_reports=4)
     central, _ = promised.events(_Cohorts("fixed"))
     assert central.noise_multiplier == pytest.approx(math.sqrt(1.5**2 + 4 * 2.0**2))
-    for name in ("poisson", "cyclic"):  # in a cyclic cohort of four, one may be the client that is not there
-        with pytest.raises(
-            InvalidArgumentError, match="least_reports=4 is more than a cohort of these is sure to have"
-        ):
-            promised.events(_Cohorts(name))
+    with pytest.raises(InvalidArgumentError, match="least_reports=4 is more than a cohort of these is sure to have"):
+        promised.events(_Cohorts("poisson"))
+    with pytest.raises(InvalidArgumentError, match="least_reports=4"):
+        promised.event(40)
     (laplace,) = make_process(l2_norm_clip=None, l1_norm_clip=1.0, noise_multiplier=2.0).events(_Cohorts("cyclic"))
     assert (laplace.mechanism, laplace.l2_norm_clip) == ("laplace", None)
     (moving,) = make_process(noise_multiplier=1.0, clipping=Adaptive()).events(_Cohorts("cyclic"))
     assert (moving.noise_multiplier, moving.l2_norm_clip) == (1.0, None)
+
+
+def test_noise_of_clients_shows_who_is_there_so_that_no_draw_amplifies(make_process):
+    process = make_process(noise_multiplier=1.5, local_noise_multiplier=2.0, engine="tensorflow")
+    central, local = process.events(PoissonCohorts(40, 4))
+    assert (central.sampler, central.count, central.participations) == ("shuffled", 1, 1)
+    assert (central.noise_multiplier, central.relation, local.participations) == (1.5, "zero_out", 1)
+    assert process.event(40) == central
+    assert make_process(noise_multiplier=1.5, engine="tensorflow").event(40).sampler == "poisson"
+
+
+def test_a_state_of_another_process_brings_neither_its_clip_nor_its_rate(make_process):
+    options = {"engine": "tensorflow"}
+    loose = make_process(l2_norm_clip=None, server_learning_rate=5.0, **options)
+    noisy = make_process(noise_multiplier=1.0, server_learning_rate=0.5, **options)
+    state = noisy.next(loose.initialize(), []).state
+    assert state.clip == 0.5 and state.optimizer["learning_rate"] == 0.5
+    assert np.isfinite(flat(noisy, state)).all()
+    moving = make_process(noise_multiplier=1.0, clipping=Adaptive(), **options)
+    with pytest.raises(InvalidArgumentError, match="state has a clip of inf"):
+        moving.next(loose.initialize(), [])
+    with pytest.raises(InvalidArgumentError, match="not of this process"):
+        make_process(server_momentum=0.9, **options).next(loose.initialize(), [])
+
+
+def test_a_loss_of_a_whole_batch_is_refused(make_process, draw_clients):
+    import tensorflow as tf
+
+    process = make_process(loss=lambda y, p: tf.reduce_mean(p), engine="tensorflow", example_spec=_spec())
+    with pytest.raises(InvalidArgumentError, match="returns one number for a whole batch"):
+        process.next(process.initialize(), draw_clients([3]))
+
+
+def _spec():
+    import tensorflow as tf
+
+    return tf.TensorSpec([DIM], tf.float32), tf.TensorSpec([], tf.int32)
 
 
 def test_a_round_with_fewer_reports_than_promised_does_not_run(make_process, draw_clients):

@@ -448,3 +448,45 @@ def test_a_worker_that_is_lost_again_and_again_ends_the_run(noisy, clients, tmp_
     target = accounting.epsilon(noisy.event(10).with_count(2), DELTA) * 1.0001
     with pytest.raises(BudgetExceededError):
         simulate(noisy, clients, target_epsilon=target)
+
+
+def test_amplified_rounds_that_run_again_draw_anew_and_rounds_of_a_pass_do_not(noisy, clients, losing):
+    losing(noisy, 1)
+    drawn = Cohorts(10, 4, fixed)
+    simulate(noisy, clients, rounds=2, cohorts=drawn)
+    assert drawn.round == 3
+    losing(noisy, 1)
+    in_turn = Cohorts(10, 4, in_passes_of_three)
+    simulate(noisy, clients, rounds=2, cohorts=in_turn)
+    assert in_turn.round == 2
+
+
+def test_a_state_from_elsewhere_is_said_in_the_report(noisy, clients, caplog):
+    first = simulate(noisy, clients, rounds=3)
+    second = simulate(noisy, clients, rounds=1, state=first.state)
+    assert "3 earlier rounds had trained" in " ".join(str(second.report).split())
+    assert "3 earlier rounds" in caplog.text and "earlier rounds" not in str(first.report)
+
+
+def test_both_noises_have_one_epsilon_the_larger(make_process, clients):
+    process = make_process(noise_multiplier=1.5, local_noise_multiplier=4.0)
+    result = simulate(process, clients, rounds=2)
+    central, local = sorted(result.report.accounts, key=lambda account: account.relation == "local")
+    assert result.epsilon == result.history[-1]["epsilon"] == max(central.epsilon, local.epsilon)
+    assert central.epsilon == accounting.gaussian_epsilon(noise_multiplier=1.5, delta=DELTA, releases=2)
+
+
+def test_a_round_that_lacks_promised_noise_is_counted_and_left_out(make_process, draw_clients, caplog, tmp_path):
+    class Broken(list):
+        def __getitem__(self, i):
+            raise OSError("no such disk")
+
+    process = make_process(local_noise_multiplier=4.0, least_reports=4)
+    start = process.initialize()
+    result = simulate(process, Broken(draw_clients([3] * 6)), rounds=2, cohorts="fixed", run_dir=tmp_path, state=start)
+    assert [event.count for event in ledger.read(tmp_path).events] == [2, 2]
+    for one, other in zip(
+        process.get_model_weights(result.state).trainable, process.get_model_weights(start).trainable, strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    assert "is counted and left out" in caplog.text

@@ -651,3 +651,14 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, size):
     assert 1 <= ran <= steps_in(read(tmp_path)) // 10 <= ran + 1
     write(tmp_path, 1)
     assert ran + 1 <= steps_in(read(tmp_path)) // 10 <= ran + 2
+
+
+def test_what_clients_release_themselves_is_settled_as_that_alone():
+    with Ledger.in_memory(delta=1e-5) as book:
+        for one, other in (
+            (Event.local(count=1, noise_multiplier=1.0), Event.unknown(count=1, noise_multiplier=1.0, unit="client")),
+            (Event.unknown(count=1, noise_multiplier=1.0, unit="client"), Event.local(count=1, noise_multiplier=1.0)),
+        ):
+            number = book.reserve(one)
+            with pytest.raises(InvalidArgumentError, match="settled as local"):
+                book.settle([number], other)
