@@ -294,9 +294,11 @@ def test_a_budget_holds_for_cohorts_of_any_kind(noisy, clients, make_event, roun
 
 
 def test_a_budget_holds_for_rounds_of_several_releases(noisy, clients, tmp_path, monkeypatch):
+    of_round = noisy.event(10)
+
     def events(cohorts):
         votes = Event.poisson(count=1, unit="client", noise_multiplier=9.0, sampling_probability=0.4)
-        return noisy.event(10), votes
+        return of_round, votes
 
     monkeypatch.setattr(noisy, "events", events, raising=False)
     target = accounting.epsilon([event.with_count(3) for event in events(None)], DELTA) * 1.0001
