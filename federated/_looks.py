@@ -16,7 +16,7 @@ from tfprivacy_ft.errors import InvalidArgumentError
 if TYPE_CHECKING:
     import tensorflow as tf
 
-__all__ = ["Evaluate", "Release", "evaluator", "releaser"]
+__all__ = ["Evaluate", "Release", "as_figures", "evaluator", "releaser"]
 
 Evaluate = Callable[["tf.keras.Model"], Mapping[str, float]] | tuple[Any, Any]
 Release = Callable[[Mapping[str, float]], None]
@@ -50,19 +50,28 @@ def evaluator(evaluate: Evaluate | None, process: AveragingProcess) -> Callable[
 
     def figures(state: Any) -> dict[str, float]:
         process.assign(state, model)
-        found = compute(model)
-        if not isinstance(found, Mapping):
-            raise InvalidArgumentError(
-                f"evaluate returned a {type(found).__name__}: return a dictionary of figures, like {{'accuracy': 0.9}}."
-            )
+        found = as_figures(compute(model))
         taken = [name for name in _OWN if name in found]
         if taken:
             raise InvalidArgumentError(
                 f"evaluate returned a figure called {taken[0]!r}, which the history has of its own: give it another name."
             )
-        return {name: float(value) for name, value in found.items()}
+        return found
 
     return figures
+
+
+def as_figures(found: Any) -> dict[str, float]:
+    """What a function of the user's returned for a look.
+
+    Raises:
+        InvalidArgumentError: It is no dictionary.
+    """
+    if not isinstance(found, Mapping):
+        raise InvalidArgumentError(
+            f"evaluate returned a {type(found).__name__}: return a dictionary of figures, like {{'accuracy': 0.9}}."
+        )
+    return {name: float(value) for name, value in found.items()}
 
 
 def releaser(run_dir: str | os.PathLike[str] | None, release_managers: Sequence[Any]) -> Release:

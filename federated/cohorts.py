@@ -79,7 +79,21 @@ class Cohorts(Protocol):
         ...
 
 
-class PoissonCohorts:
+class _Memoryless:
+    """Cohorts of which no draw knows of those before."""
+
+    name: str
+
+    def position(self) -> dict[str, Any]:
+        """Empty: a draw owes nothing to those before."""
+        return {}
+
+    def go_on_from(self, position: dict[str, Any], *, released_since: int | None = None) -> None:
+        """Does nothing; refuses the position of other cohorts."""
+        _check_memoryless(self.name, position)
+
+
+class PoissonCohorts(_Memoryless):
     """Each client takes part in each round on its own, with probability clients_per_round / num_clients.
 
     Epsilon is for adding or removing one client, amplified by sampling. Sizes vary, and are as secret as the members.
@@ -130,16 +144,8 @@ class PoissonCohorts:
         """Numbers of the members of the next round, increasing; may be empty."""
         return poisson_cohort(self.num_clients, self._probability)
 
-    def position(self) -> dict[str, Any]:
-        """Empty: a draw owes nothing to those before."""
-        return {}
 
-    def go_on_from(self, position: dict[str, Any], *, released_since: int | None = None) -> None:
-        """Does nothing; refuses the position of other cohorts."""
-        _check_memoryless(self.name, position)
-
-
-class FixedCohorts:
+class FixedCohorts(_Memoryless):
     """Exactly `clients_per_round` clients in each round, drawn uniformly without replacement.
 
     Epsilon is for replacing one client by another, which moves a sum by twice the clip: it costs far more than Poisson
@@ -190,14 +196,6 @@ class FixedCohorts:
     def draw(self) -> np.ndarray:
         """Numbers of the members of the next round, increasing."""
         return np.sort(_from_the_system().choice(self.num_clients, self._size, replace=False))
-
-    def position(self) -> dict[str, Any]:
-        """Empty: a draw owes nothing to those before."""
-        return {}
-
-    def go_on_from(self, position: dict[str, Any], *, released_since: int | None = None) -> None:
-        """Does nothing; refuses the position of other cohorts."""
-        _check_memoryless(self.name, position)
 
 
 class CyclicCohorts:

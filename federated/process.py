@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from federated.cohorts import Cohorts
 
-__all__ = ["AveragingFacts", "AveragingProcess", "Schedule", "loss_name", "rate_at"]
+__all__ = ["AveragingFacts", "AveragingProcess", "Schedule", "check_state", "loss_name", "rate_at"]
 
 Schedule = float | Callable[[int], float]
 
@@ -246,13 +246,7 @@ class AveragingProcess:
 
     def _prepare(self, state: Any, client_data: Sequence[Any]) -> tuple[Any, list[rounds.Shard]]:
         """What a round needs from outside of TensorFlow: a noise key, the learning rates, and shards of clients."""
-        weights = getattr(getattr(state, "global_model_weights", None), "trainable", None)
-        names = tuple(getattr(state, "optimizer", None) or ())
-        if weights is None or [np.shape(value) for value in weights] != self._shapes or names != self._kept:
-            raise InvalidArgumentError(
-                f"state is a {type(state).__name__} that is not of this process: give what its `initialize` or its "
-                "last `next` returned."
-            )
+        check_state(state, self._shapes, self._kept)
         shards = self._packer.pack(client_data)
         if len(client_data) < self.facts.least_reports:
             raise InvalidArgumentError(
@@ -313,6 +307,21 @@ class AveragingProcess:
         )
         weights = type(initial)(*([variable.numpy() for variable, _ in each] for each in pairs))
         return self.set_model_weights(state, weights)  # type: ignore[attr-defined]
+
+
+def check_state(state: Any, shapes: Sequence[tuple[int, ...]], kept: tuple[str, ...] | None = None) -> None:
+    """Refuses what is no state of a process whose weights have these shapes, and whose optimizer keeps what is so called.
+
+    Raises:
+        InvalidArgumentError: It is not.
+    """
+    weights = getattr(getattr(state, "global_model_weights", None), "trainable", None)
+    fits = weights is not None and [np.shape(value) for value in weights] == list(shapes)
+    if not fits or (kept is not None and tuple(getattr(state, "optimizer", None) or ()) != kept):
+        raise InvalidArgumentError(
+            f"state is a {type(state).__name__} that is not of this process: give what its `initialize` or its last `next` "
+            "returned."
+        )
 
 
 def rate_at(schedule: Schedule, round_number: int) -> float:

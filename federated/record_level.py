@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from federated import aggregation, averaging, client_work, packing, runtime
+from federated._looks import as_figures
 from federated.clients import ClientData
-from federated.process import AveragingProcess
+from federated.process import AveragingProcess, check_state
 from federated.stateless import stateless_model
 from federated.tff_engine import in_worker
 from tfprivacy_ft import _check, accounting
@@ -335,12 +336,7 @@ def _process_class() -> type:
         def _prepare(self, state: Any, client_data: Sequence[Any]) -> tuple[Any, Any]:
             import tensorflow as tf
 
-            weights = getattr(getattr(state, "global_model_weights", None), "trainable", None)
-            if weights is None or [np.shape(value) for value in weights] != self._shapes:
-                raise InvalidArgumentError(
-                    f"state is a {type(state).__name__} that is not of this process: give what its `initialize` or its "
-                    "last `next` returned."
-                )
+            check_state(state, self._shapes)
             rng = np.random.default_rng(secrets.randbits(256))
             noise = self.facts.noise_multipliers(len(client_data))
             return state, [
@@ -543,7 +539,7 @@ def simulate_records(
         for number in track(range(1, allowed + 1), "round", disable=not progress):
             state = _run_round(process, state, data, events, books)
             if number == allowed or (evaluate_every and number % evaluate_every == 0):
-                figures = {} if evaluate is None else _figures(evaluate, process.model(state))
+                figures = {} if evaluate is None else as_figures(evaluate(process.model(state)))
                 for book in books.values() if figures else ():
                     book.figures(figures)
                 epsilon = max(compute_epsilon(book, delta=delta).epsilon for book in books.values())
@@ -614,12 +610,3 @@ def _facts(facts: RecordLevelFacts, event: Event, target_epsilon: float | None) 
         **dataclasses.asdict(facts),
         "noise_multiplier": event.noise_multiplier,
     }
-
-
-def _figures(evaluate: Evaluate, model: "tf.keras.Model") -> dict[str, float]:
-    found = evaluate(model)
-    if not isinstance(found, Mapping):
-        raise InvalidArgumentError(
-            f"evaluate returned a {type(found).__name__}: return a dictionary of figures, like {{'accuracy': 0.9}}."
-        )
-    return {name: float(value) for name, value in found.items()}

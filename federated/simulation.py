@@ -223,7 +223,7 @@ def simulate(
 
 def _say_what_is_missing(state: Any, book: Ledger) -> None:
     """A state that went through rounds elsewhere has spent what this ledger does not hold."""
-    earlier = int(state.round_number)
+    earlier = int(getattr(state, "round_number", 0))  # what is no state, the first round refuses by name
     if earlier > max(releases(book)):
         text = f"the run began with a state that {earlier} earlier rounds had trained, which its ledger does not hold."
         book.note("earlier rounds", text)

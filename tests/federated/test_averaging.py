@@ -5,14 +5,13 @@ import threading
 
 import numpy as np
 import pytest
+from federated_models import CLASSES, DIM, cnn, own_builder
 from scipy import stats
 
 import federated
 from federated import aggregation, runtime
 from tfprivacy_ft import models
 from tfprivacy_ft.errors import InvalidArgumentError, MissingDependencyError, UnsupportedModelError
-
-DIM, CLASSES = 6, 3
 
 
 def trainable(process, state):
@@ -24,21 +23,6 @@ def change(process, state, clients):
     after = process.next(state, clients).state
     pairs = zip(trainable(process, after), trainable(process, state), strict=True)
     return np.concatenate([(a - b).ravel() for a, b in pairs])
-
-
-def own_builder():
-    """A frozen layer, a weight regulariser, a layer that normalises."""
-    import tensorflow as tf
-
-    inputs = tf.keras.Input((DIM,))
-    x = tf.keras.layers.Dense(8, activation="relu", trainable=False)(inputs)
-    x = tf.keras.layers.Dense(4, kernel_regularizer=tf.keras.regularizers.L2(0.1))(x)
-    x = tf.keras.layers.GroupNormalization(groups=2)(x)
-    return tf.keras.Model(inputs, tf.keras.layers.Dense(CLASSES)(x))
-
-
-def cnn():
-    return models.build_model("cnn", (8, 8, 1), CLASSES, filters=(2, 4), hidden_units=(4,))
 
 
 # The process as TFF knows it.

@@ -5,13 +5,13 @@ import math
 
 import numpy as np
 import pytest
+from federated_models import CLASSES, DIM, cnn, own_builder
 from scipy import stats
 
 from federated import PoissonCohorts, server_optimizers
-from tfprivacy_ft import Adaptive, models
+from tfprivacy_ft import Adaptive
 from tfprivacy_ft.errors import InvalidArgumentError
 
-DIM, CLASSES = 6, 3
 WEIGHTS = 83  # of the small model
 
 
@@ -40,11 +40,13 @@ def within(statistic, count):
 
 @pytest.mark.parametrize("central", [0.0, 2.0])
 def test_each_client_adds_its_own_noise_and_the_server_its_own_once(make_process, draw_clients, central):
-    # Clients clipped to next to nothing: what is left is noise of 7 clients over the constant 4.
-    process = make_process(l2_norm_clip=1e-4, noise_multiplier=central * 1e4, local_noise_multiplier=1e4, shards=2)
-    state, clients = process.initialize(), draw_clients([3] * 7)
+    # Clients clipped to next to nothing: what is left is noise of 9 clients over the constant 4. They train in groups of four,
+    # the last of which has three places that nobody takes.
+    groups = {"shards": 2, "clients_at_once": 4}
+    process = make_process(l2_norm_clip=1e-4, noise_multiplier=central * 1e4, local_noise_multiplier=1e4, **groups)
+    state, clients = process.initialize(), draw_clients([3] * 9)
     noise = np.concatenate([change(process, state, clients) for _ in range(20)])
-    assert within(np.sum(np.square(noise)) / ((7 + central**2) / 16), len(noise))
+    assert within(np.sum(np.square(noise)) / ((9 + central**2) / 16), len(noise))
     assert len(np.unique(noise)) > 0.99 * len(noise)
 
 
@@ -195,20 +197,6 @@ def test_server_optimizers_take_the_steps_of_tffs(tff, ours, name):
 
 
 # Both engines.
-
-
-def own_builder():
-    import tensorflow as tf
-
-    inputs = tf.keras.Input((DIM,))
-    x = tf.keras.layers.Dense(8, activation="relu", trainable=False)(inputs)
-    x = tf.keras.layers.Dense(4, kernel_regularizer=tf.keras.regularizers.L2(0.1))(x)
-    x = tf.keras.layers.GroupNormalization(groups=2)(x)
-    return tf.keras.Model(inputs, tf.keras.layers.Dense(CLASSES)(x))
-
-
-def cnn():
-    return models.build_model("cnn", (8, 8, 1), CLASSES, filters=(2, 4), hidden_units=(4,))
 
 
 @pytest.mark.slow

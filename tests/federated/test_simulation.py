@@ -147,6 +147,7 @@ def test_another_cohort_size_than_the_process_has_is_refused(noisy, clients):
         ({"delta": 0.0}, InvalidArgumentError),
         ({"evaluate_every": 0}, InvalidArgumentError),
         ({"evaluate": "test set"}, InvalidArgumentError),
+        ({"state": "weights"}, InvalidArgumentError),
         ({"evaluate": lambda model: 0.9}, InvalidArgumentError),
         ({"clients": []}, DatasetError),
         ({"clients": 7}, InvalidArgumentError),
