@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -25,13 +25,17 @@ __all__ = ["Packer"]
 _MOST_BYTES = 1_900_000_000
 
 
-@dataclasses.dataclass(frozen=True)
-class _Client:
-    """Examples and labels (n, ...) of one client, and which of these rows each of its steps takes."""
+class _Client(NamedTuple):
+    """Examples and labels (n, ...) of one client, how many steps it takes, and how many rows in the longest.
+
+    `batches` says how many rows each step takes, in the order that they have; None has them drawn.
+    """
 
     x: np.ndarray
     y: np.ndarray
-    steps: list[np.ndarray]
+    num_steps: int
+    most_rows: int
+    batches: list[int] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,17 +95,16 @@ class Packer:
             )
         rng = np.random.default_rng() if rng is None else rng
         # Clients of like length side by side: a group takes as many steps as its longest.
-        cohort = sorted((self._read(client, rng) for client in clients), key=lambda client: -len(client.steps))
+        cohort = sorted((self._read(client) for client in clients), key=lambda client: -client.num_steps)
         at_once = max(1, min(self.clients_at_once, math.ceil(len(cohort) / self.shards)))
         groups = [cohort[i : i + at_once] for i in range(0, len(cohort), at_once)]
-        return [self._shard(groups[i :: self.shards], at_once) for i in range(self.shards)]
+        return [self._shard(groups[i :: self.shards], at_once, rng) for i in range(self.shards)]
 
-    def _read(self, client: Any, rng: np.random.Generator) -> _Client:
+    def _read(self, client: Any) -> _Client:
         if isinstance(client, tuple | list) and len(client) == 2:
             x, y = self._checked(*client)
-            orders = [rng.permutation(len(x)) for _ in range(self.local_epochs)]
-            size = self.batch_size or len(x)
-            return _Client(x, y, [order[i : i + size] for order in orders for i in range(0, len(x), size)])
+            size = min(self.batch_size or len(x), len(x))
+            return _Client(x, y, self.local_epochs * -(-len(x) // size), size, None)
         if not hasattr(client, "as_numpy_iterator"):
             raise InvalidArgumentError(
                 f"a client is a {type(client).__name__}: give a pair of arrays (x, y) or a tf.data.Dataset of batches."
@@ -114,8 +117,8 @@ class Packer:
         if not batches:
             raise DatasetError("a client has no examples: leave it out of the cohort.")
         x, y = (_joined([batch[part] for batch in batches]) for part in (0, 1))
-        ends = np.cumsum([len(batch[0]) for batch in batches])
-        return _Client(x, y, np.split(np.arange(len(x)), ends[:-1]))
+        sizes = [len(batch[0]) for batch in batches]
+        return _Client(x, y, len(sizes), max(sizes), sizes)
 
     def _checked(self, x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
         x, y = as_given(x, self.x_spec, "x"), as_given(y, self.y_spec, "y")
@@ -123,34 +126,31 @@ class Packer:
             raise DatasetError(f"a client has {len(x)} examples and {len(y)} labels: give one label per example.")
         if not len(x):
             raise DatasetError("a client has no examples: leave it out of the cohort.")
-        if self.num_labels is not None and (y.min() < 0 or y.max() >= self.num_labels):
-            raise DatasetError(
-                f"a client has labels other than the whole numbers from 0 to {self.num_labels - 1}: give the model more outputs, "
-                "or leave the client out."
-            )
         return x, y
 
-    def _shard(self, groups: list[list[_Client]], at_once: int) -> Shard:
+    def _shard(self, groups: list[list[_Client]], at_once: int, rng: np.random.Generator) -> Shard:
         members = [client for group in groups for client in group]
-        steps = max((len(client.steps) for client in members), default=0)
-        size = max((len(step) for client in members for step in client.steps), default=0)
+        steps = max((client.num_steps for client in members), default=0)
+        size = max((client.most_rows for client in members), default=0)
         # A padding row stands for a row of the same client; where there is no client, nobody looks at the answer.
         rows = np.full((len(groups), at_once, steps, size), -1, np.int32)
         weights = np.zeros((len(groups), at_once), np.float32)
         start = 0
         for g, group in enumerate(groups):
-            for k, client in enumerate(group):
-                rows[g, k] = -start - 1
-                weights[g, k] = len(client.x) if self.by_examples else 1.0
-                firsts, lengths = np.array([(step[0], len(step)) for step in client.steps]).T[:, :, np.newaxis]
-                taken = rows[g, k, : len(client.steps)]
-                taken[:] = -start - 1 - firsts
-                taken[np.arange(size) < lengths] = start + np.concatenate(client.steps)
-                start += len(client.x)
+            lengths = np.array([len(client.x) for client in group])
+            starts = start + np.cumsum(lengths) - lengths
+            rows[g, : len(group)] = _placed(self._rows(group, lengths, steps, size, rng), starts)
+            weights[g, : len(group)] = lengths if self.by_examples else 1.0
+            start += lengths.sum()
         if not members:
             x, y = (np.zeros([0, *(n or 0 for n in spec.shape)], spec.dtype.as_numpy_dtype) for spec in self._specs)
             return Shard(x, y, rows, weights, np.zeros((0, aggregation.KEY_WORDS), np.uint64))
         x, y = _joined([client.x for client in members]), _joined([client.y for client in members])
+        if self.num_labels is not None and (y.min() < 0 or y.max() >= self.num_labels):
+            raise DatasetError(
+                f"a client has labels other than the whole numbers from 0 to {self.num_labels - 1}: give the model more outputs, "
+                "or leave the client out."
+            )
         if x.nbytes + y.nbytes + rows.nbytes > _MOST_BYTES:
             raise DatasetError(
                 f"a shard of this cohort holds {x.nbytes + y.nbytes + rows.nbytes:,} bytes, more than TFF can send at "
@@ -159,9 +159,46 @@ class Packer:
         make_key = aggregation.fresh_noise_key if self.with_noise else aggregation.blank_noise_key
         return Shard(x, y, rows, weights, np.stack([make_key() for _ in groups]))
 
+    def _rows(
+        self, group: list[_Client], lengths: np.ndarray, steps: int, size: int, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Which of its own rows each client of a group takes, (k, steps, size); -1 for none."""
+        rows = np.full((len(group), steps, size), -1)
+        free = np.array([client.batches is None for client in group])
+        if free.any():
+            drawn = _drawn(lengths[free], self.batch_size, self.local_epochs, rng)
+            rows[free, : drawn.shape[1], : drawn.shape[2]] = drawn
+        for k, client in enumerate(group):
+            if client.batches is not None:
+                rows[k, : client.num_steps] = _in_order(np.array(client.batches), size)
+        return rows
+
     @property
     def _specs(self) -> tuple["tf.TensorSpec", "tf.TensorSpec"]:
         return self.x_spec, self.y_spec
+
+
+def _drawn(lengths: np.ndarray, batch_size: int | None, epochs: int, rng: np.random.Generator) -> np.ndarray:
+    """Rows that clients with so many examples take, (k, steps, b): `epochs` passes, each in an order of its own."""
+    longest = lengths.max()
+    size = min(batch_size or longest, longest)
+    per_pass = -(-longest // size)
+    keys = rng.random((len(lengths), epochs, per_pass * size))
+    missing = np.arange(per_pass * size) >= lengths[:, np.newaxis, np.newaxis]
+    keys[np.broadcast_to(missing, keys.shape)] = 2.0  # beyond every draw, so that what is not there comes last
+    return np.where(missing, -1, keys.argsort(axis=-1)).reshape(len(lengths), epochs * per_pass, size)
+
+
+def _in_order(sizes: np.ndarray, size: int) -> np.ndarray:
+    """Rows of batches of these sizes, (batches, size); -1 for none."""
+    places, firsts = np.arange(size), np.cumsum(sizes) - sizes
+    return np.where(places < sizes[:, np.newaxis], firsts[:, np.newaxis] + places, -1)
+
+
+def _placed(rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Rows of clients, by where these start among all; a padding row stands for the first row of the same client."""
+    starts = starts[:, np.newaxis, np.newaxis]
+    return np.where(rows < 0, -1 - starts, starts + rows)
 
 
 def as_given(values: Any, spec: "tf.TensorSpec", name: str) -> np.ndarray:
@@ -171,6 +208,8 @@ def as_given(values: Any, spec: "tf.TensorSpec", name: str) -> np.ndarray:
         DatasetError: The shape or the type is another one.
     """
     given, (shape, wanted) = np.asarray(values), _shape_and_type(spec)
+    if given.dtype == wanted and given.ndim == len(shape) + 1 and given.shape[1:] == shape:
+        return given
     if given.ndim == len(shape) and shape and shape[-1] == 1 and given.shape[1:] == shape[:-1]:
         given = given[..., np.newaxis]  # one label per row for a model with one output
     fits = given.ndim == len(shape) + 1 and all(

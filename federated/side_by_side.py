@@ -35,7 +35,8 @@ def prepare(model: "tf.keras.Model") -> "tf.keras.Model":
     """Makes the layers of a model use operations that run for many weights at once, where there are such.
 
     Convolutions of one to three axes with their channels last get a `convolution_op` of their own, the method that Keras
-    means to be overridden; LSTM and GRU leave the function that Keras wraps around them to look for a GPU.
+    means to be overridden, and max-pooling, in Keras 2, another `pool_function`; LSTM and GRU leave the function that Keras
+    wraps around them to look for a GPU.
 
     Args:
         model: A model that nobody else holds: its layers are changed.
@@ -51,6 +52,8 @@ def prepare(model: "tf.keras.Model") -> "tf.keras.Model":
             # TensorFlow has no grouped convolution for CPUs, so Keras compiles one, by another method.
             name = "convolution_op" if layer.groups == 1 else "_jit_compiled_convolution_op"
             setattr(layer, name, functools.partial(_convolution_of, layer, getattr(layer, name)))
+        elif isinstance(layer, layers.MaxPooling2D) and hasattr(layer, "pool_function"):
+            layer.pool_function = functools.partial(_pooled, layer.pool_function)
         elif type(layer) in (layers.LSTM, layers.GRU):
             # Inside that function, tensors go from the forward to the backward pass that cannot be stacked.
             layer._could_use_gpu_kernel = False
@@ -121,6 +124,101 @@ def convolution(
     if max(strides) > 1:
         images, kernel, axes = _without_strides(images, kernel, axes)
     return _product(images, kernel, axes)
+
+
+def max_pool(images: "tf.Tensor", sizes: Sequence[int], strides: Sequence[int]) -> "tf.Tensor":
+    """`tf.nn.max_pool2d` without padding; of equal values in a window, the first gets the gradient, as there.
+
+    Args:
+        images: (b, height, width, c) float, of known height and width.
+        sizes: Of the windows, height and width.
+        strides: One for each, 1 or the size of the window.
+
+    Returns:
+        (b, positions, positions, c).
+
+    Example:
+        >>> import tensorflow as tf
+        >>> max_pool(tf.reshape(tf.range(9.0), (1, 3, 3, 1)), sizes=[2, 2], strides=[1, 1])[0, :, :, 0].numpy()
+        array([[4., 5.],
+               [7., 8.]], dtype=float32)
+    """
+    for axis in (2, 1):  # within rows first, so that the first of equal values is that of the first row
+        images = _largest(images, axis, sizes[axis - 1], strides[axis - 1])
+    return images
+
+
+def _largest(images: "tf.Tensor", axis: int, size: int, stride: int) -> "tf.Tensor":
+    """The largest of each `size` neighbours along an axis, with a stride of 1 or of `size`."""
+    import tensorflow as tf
+
+    if size == 1:
+        return images
+    apart, together = (_windows if stride == 1 else _blocks)(images.shape, axis, size)
+
+    @tf.custom_gradient
+    def largest(images):
+        found, *others = apart(images)
+        stayed = []
+        for other in others:
+            stayed.append(found >= other)
+            found = tf.maximum(found, other)
+
+        def gradient(outer):
+            parts = []
+            for stay in reversed(stayed):
+                parts.append(tf.where(stay, tf.zeros_like(outer), outer))
+                outer = tf.where(stay, outer, tf.zeros_like(outer))
+            return together([outer, *reversed(parts)])
+
+        return found, gradient
+
+    return largest(images)
+
+
+def _windows(shape: "tf.TensorShape", axis: int, size: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Takes images apart into the first, second, ... neighbour in each window with a stride of 1; and back, as a sum."""
+    import tensorflow as tf
+
+    positions = shape[axis] - size + 1
+
+    def apart(images):
+        starts = ([0] * axis + [i] + [0] * (3 - axis) for i in range(size))
+        return [tf.slice(images, start, [-1] * axis + [positions] + [-1] * (3 - axis)) for start in starts]
+
+    def together(parts):
+        zeros = [[0, 0]]
+        pads = (zeros * axis + [[i, size - 1 - i]] + zeros * (3 - axis) for i in range(size))
+        return functools.reduce(tf.add, (tf.pad(part, pad) for part, pad in zip(parts, pads, strict=True)))
+
+    return apart, together
+
+
+def _blocks(shape: "tf.TensorShape", axis: int, size: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The same with a stride of `size`, where windows do not overlap."""
+    import tensorflow as tf
+
+    _, *sizes = shape
+    positions, rest = divmod(sizes[axis - 1], size)
+
+    def apart(images):
+        whole = tf.slice(images, [0] * 4, [-1] * axis + [positions * size] + [-1] * (3 - axis))
+        return tf.unstack(tf.reshape(whole, [-1, *sizes[: axis - 1], positions, size, *sizes[axis:]]), axis=axis + 1)
+
+    def together(parts):
+        whole = tf.reshape(tf.stack(parts, axis=axis + 1), [-1, *sizes[: axis - 1], positions * size, *sizes[axis:]])
+        return tf.pad(whole, [[0, 0]] * axis + [[0, rest]] + [[0, 0]] * (3 - axis))
+
+    return apart, together
+
+
+def _pooled(keras_op: Callable[..., "tf.Tensor"], images: "tf.Tensor", **options: Any) -> "tf.Tensor":
+    """What stands in for the `pool_function` of a layer: itself but for windows that `max_pool` takes."""
+    if options["data_format"] == "NHWC" and options["padding"] == "VALID" and images.shape[1:].is_fully_defined():
+        sizes, strides = options["ksize"][1:3], options["strides"][1:3]
+        if all(stride in (1, size) for size, stride in zip(sizes, strides, strict=True)):
+            return max_pool(images, sizes, strides)
+    return keras_op(images, **options)
 
 
 def _convolution_of(layer: Any, keras_op: Callable[..., "tf.Tensor"], images: "tf.Tensor", kernel: Any) -> "tf.Tensor":

@@ -45,11 +45,8 @@ def build(round_: Round, packer: Packer, **process: Any) -> AveragingProcess:
 
     @tff.tensorflow.computation(state_type, contribution.type_signature.result)
     def finish(state, sent):
-        return round_.finish(state, Contribution(sent.total, sent.votes, sent.weight))
-
-    @tff.tensorflow.computation(state_type)
-    def measurements(state):
-        return collections.OrderedDict(round=state.round_number, clip=state.clip)
+        after = round_.finish(state, Contribution(sent.total, sent.votes, sent.weight))
+        return after, collections.OrderedDict(round=after.round_number, clip=after.clip)
 
     @tff.tensorflow.computation(state_type)
     def get_model_weights(state):
@@ -67,8 +64,8 @@ def build(round_: Round, packer: Packer, **process: Any) -> AveragingProcess:
     def next_round(state, client_data):
         to_clients = tff.federated_broadcast(tff.federated_map(broadcast, state))
         sent = tff.federated_sum(tff.federated_map(contribution, (to_clients, client_data)))
-        after = tff.federated_map(finish, (state, sent))
-        return tff.learning.templates.LearningProcessOutput(after, tff.federated_map(measurements, after))
+        after, measured = tff.federated_map(finish, (state, sent))
+        return tff.learning.templates.LearningProcessOutput(after, measured)
 
     return _process_class()((initialize, next_round, get_model_weights, set_model_weights), packer=packer, **process)
 

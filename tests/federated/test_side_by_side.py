@@ -51,10 +51,42 @@ def test_a_prepared_layer_computes_what_it_did_and_the_same_gradients(tff, name)
     assert asked or (IS_KERAS_3 and layer == "Conv1D")  # which there goes past the method, and stays a loop
 
 
+@pytest.mark.parametrize(
+    ("size", "strides", "left_to_keras"),
+    [((2, 2), (1, 1), False), ((2, 3), (2, 3), False), ((3, 1), (1, 1), False), ((2, 2), (3, 1), True)],
+)
+def test_prepared_max_pooling_gives_the_same_values_and_gradients_also_where_values_are_equal(
+    size, strides, left_to_keras
+):
+    import tensorflow as tf
+
+    inputs = tf.keras.Input((7, 8, 3))
+    layer = tf.keras.layers.MaxPooling2D(size, strides)
+    model = tf.keras.Model(inputs, layer(inputs))
+    random = np.random.default_rng(0)
+    x = tf.constant(random.integers(0, 3, (5, 7, 8, 3)), tf.float32)  # most windows hold their largest value twice
+    weights = tf.constant(random.normal(size=(5, *model.output_shape[1:])), tf.float32)
+
+    def output_and_gradient():
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            output = model(x)
+        return output, tape.gradient(output, x, weights)
+
+    before = output_and_gradient()
+    asked = []
+    if hasattr(layer, "pool_function"):  # in Keras 3 there is none
+        layer.pool_function = _counted(layer.pool_function, asked)
+    side_by_side.prepare(model)
+    for ours, theirs in zip(output_and_gradient(), before, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+    assert bool(asked) == (left_to_keras and not IS_KERAS_3)
+
+
 def _counted(function, calls):
-    def counted(*args):
+    def counted(*args, **options):
         calls.append(args)
-        return function(*args)
+        return function(*args, **options)
 
     return counted
 
