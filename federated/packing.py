@@ -51,6 +51,7 @@ class Packer:
         by_examples: Whether a client counts by the number of its examples, and not as one.
         with_noise: Whether clients add noise, and get a key for it.
         num_labels: Labels are whole numbers from 0 to below this; None for labels of any kind.
+        few_shapes: Whether to fill tensors up to few sizes, for a compiler that starts anew at each.
     """
 
     x_spec: "tf.TensorSpec"
@@ -62,6 +63,7 @@ class Packer:
     by_examples: bool = False
     with_noise: bool = False
     num_labels: int | None = None
+    few_shapes: bool = False
 
     @property
     def signature(self) -> Shard:
@@ -96,7 +98,7 @@ class Packer:
         rng = np.random.default_rng() if rng is None else rng
         # Clients of like length side by side: a group takes as many steps as its longest.
         cohort = sorted((self._read(client) for client in clients), key=lambda client: -client.num_steps)
-        at_once = max(1, min(self.clients_at_once, math.ceil(len(cohort) / self.shards)))
+        at_once = max(1, min(self.clients_at_once, self._filled_up(math.ceil(len(cohort) / self.shards))))
         groups = [cohort[i : i + at_once] for i in range(0, len(cohort), at_once)]
         return [self._shard(groups[i :: self.shards], at_once, rng) for i in range(self.shards)]
 
@@ -130,11 +132,12 @@ class Packer:
 
     def _shard(self, groups: list[list[_Client]], at_once: int, rng: np.random.Generator) -> Shard:
         members = [client for group in groups for client in group]
-        steps = max((client.num_steps for client in members), default=0)
+        steps = self._filled_up(max((client.num_steps for client in members), default=0))
         size = max((client.most_rows for client in members), default=0)
+        size = max(size, min(self._filled_up(size), self.batch_size or math.inf))
         # A padding row stands for a row of the same client; where there is no client, nobody looks at the answer.
-        rows = np.full((len(groups), at_once, steps, size), -1, np.int32)
-        weights = np.zeros((len(groups), at_once), np.float32)
+        rows = np.full((self._filled_up(len(groups)), at_once, steps, size), -1, np.int32)
+        weights = np.zeros(rows.shape[:2], np.float32)
         start = 0
         for g, group in enumerate(groups):
             lengths = np.array([len(client.x) for client in group])
@@ -142,11 +145,8 @@ class Packer:
             rows[g, : len(group)] = _placed(self._rows(group, lengths, steps, size, rng), starts)
             weights[g, : len(group)] = lengths if self.by_examples else 1.0
             start += lengths.sum()
-        if not members:
-            x, y = (np.zeros([0, *(n or 0 for n in spec.shape)], spec.dtype.as_numpy_dtype) for spec in self._specs)
-            return Shard(x, y, rows, weights, np.zeros((0, aggregation.KEY_WORDS), np.uint64))
-        x, y = _joined([client.x for client in members]), _joined([client.y for client in members])
-        if self.num_labels is not None and (y.min() < 0 or y.max() >= self.num_labels):
+        x, y = self._examples(members)
+        if len(y) and self.num_labels is not None and (y.min() < 0 or y.max() >= self.num_labels):
             raise DatasetError(
                 f"a client has labels other than the whole numbers from 0 to {self.num_labels - 1}: give the model more outputs, "
                 "or leave the client out."
@@ -157,7 +157,25 @@ class Packer:
                 "once: build the process with more shards, or use fewer or shorter clients."
             )
         make_key = aggregation.fresh_noise_key if self.with_noise else aggregation.blank_noise_key
-        return Shard(x, y, rows, weights, np.stack([make_key() for _ in groups]))
+        keys = np.array([make_key() for _ in rows], np.uint64).reshape(-1, aggregation.KEY_WORDS)
+        return Shard(self._lengthened(x), self._lengthened(y), rows, weights, keys)
+
+    def _examples(self, clients: list[_Client]) -> tuple[np.ndarray, np.ndarray]:
+        if clients:
+            return _joined([client.x for client in clients]), _joined([client.y for client in clients])
+        x, y = (np.zeros([0, *(n or 0 for n in spec.shape)], spec.dtype.as_numpy_dtype) for spec in self._specs)
+        return x, y
+
+    def _filled_up(self, size: int) -> int:
+        """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24 ... where shapes are to be few."""
+        if not self.few_shapes or size < 2:
+            return max(size, int(self.few_shapes))
+        power = 1 << (size - 1).bit_length()
+        return power * 3 // 4 if size <= power * 3 // 4 else power
+
+    def _lengthened(self, part: np.ndarray) -> np.ndarray:
+        more = self._filled_up(len(part)) - len(part)
+        return np.concatenate([part, np.zeros((more, *part.shape[1:]), part.dtype)]) if more else part
 
     def _rows(
         self, group: list[_Client], lengths: np.ndarray, steps: int, size: int, rng: np.random.Generator

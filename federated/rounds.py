@@ -179,7 +179,7 @@ class Round:
             return i + 1, tuple(a + b for a, b in zip(totals, sums, strict=True)), votes
 
         zero = tuple(tf.zeros_like(weight) for weight in trainable)
-        groups = tf.shape(shard.rows)[0]
+        groups = tf.math.count_nonzero(tf.reduce_any(shard.weights > 0, axis=1), dtype=tf.int32)  # others only fill up
         start = (tf.constant(0), zero, tf.constant(0.0))
         _, total, votes = tf.while_loop(lambda i, *_: i < groups, add_group, start)
         return Contribution(list(total), votes, tf.reduce_sum(shard.weights))

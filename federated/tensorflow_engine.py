@@ -18,23 +18,24 @@ class RoundOutput(NamedTuple):
     metrics: dict[str, Any]
 
 
-def build(round_: Round, packer: Packer, **process: Any) -> AveragingProcess:
+def build(round_: Round, packer: Packer, *, jit_compile: bool = False, **process: Any) -> AveragingProcess:
     """Makes the process.
 
     Args:
         round_: What to compute.
         packer: Makes shards of cohorts, which TensorFlow computes side by side.
+        jit_compile: Whether XLA compiles what clients do, for each new shape of a shard.
         process: For the `AveragingProcess`.
     """
-    return _Process(round_, packer, **process)
+    return _Process(round_, packer, jit_compile, **process)
 
 
 class _Process(AveragingProcess):
     __doc__ = AveragingProcess.__doc__
 
-    def __init__(self, round_: Round, packer: Packer, **process: Any):
+    def __init__(self, round_: Round, packer: Packer, jit_compile: bool, **process: Any):
         super().__init__(packer=packer, **process)
-        self._round = round_
+        self._round, self._jit_compile = round_, jit_compile
         self._initial = _numbers(round_.initial_state())
 
     @functools.cached_property
@@ -42,7 +43,8 @@ class _Process(AveragingProcess):
         import tensorflow as tf
 
         round_ = self._round
-        contribution = tf.function(round_.contribution, autograph=False)  # traced once for all shards
+        # Traced once for all shards.
+        contribution = tf.function(round_.contribution, autograph=False, jit_compile=self._jit_compile or None)
 
         def next_state(state, shards):
             sent = [contribution(round_.broadcast(state), shard) for shard in shards]

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -104,3 +106,24 @@ def test_labels_that_the_model_has_no_output_for_are_refused_and_not_shown(label
 def test_a_cohort_that_is_no_list_of_clients_is_refused(bad):
     with pytest.raises(InvalidArgumentError):
         packer().pack([bad] if bad == 7 else {"x": bad})
+
+
+def test_cohorts_of_many_sizes_come_in_few_shapes_and_hold_the_same_rows():
+    few, shapes = packer(few_shapes=True, clients_at_once=64, num_labels=99), set()
+    for number in range(40, 81):
+        shards = few.pack([client(i, 9) for i in range(number)])
+        shapes |= {tuple(part.shape for part in shard) for shard in shards}
+        found = unpack(shards)
+        assert sorted(found) == list(range(number))
+        assert all(sorted(itertools.chain(*steps)) == sorted(2 * list(range(9))) for steps in found.values())
+        assert sum(float(shard.weights.sum()) for shard in shards) == number
+    assert len(shapes) < 10
+    assert {part.shape[0] for part in few.pack([])[0]} == {1}
+
+
+def test_each_pass_goes_through_a_client_in_an_order_of_its_own_and_every_order_comes_up():
+    found = unpack(packer(batch_size=1, local_epochs=300, shards=1).pack([client(1, 3)]))[1]
+    passes = [tuple(row for step in found[i : i + 3] for row in step) for i in range(0, 900, 3)]
+    counts = [passes.count(order) for order in set(passes)]
+    # 300 draws from 6 orders: fewer than 12 or more than 100 of one comes up with probability below 1e-9.
+    assert len(counts) == 6 and min(counts) >= 12 and max(counts) <= 100

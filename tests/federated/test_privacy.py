@@ -221,6 +221,25 @@ def test_both_engines_train_alike(tff, make_process, build, shape):
     assert np.abs(after[0] - before).max() > 1e-3
 
 
+def test_what_xla_compiles_trains_alike_for_cohorts_of_several_sizes(make_process):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(30, DIM)).astype(np.float32)
+    everybody = in_order([(rows[:n], np.arange(n, dtype=np.int32) % CLASSES) for n in (1, 9, 23, 4, 5, 6, 7)])
+    processes = [make_process(engine="tensorflow", jit_compile=jit, clients_at_once=2) for jit in (False, True)]
+    start = processes[0].model()
+    states = [process.start_from(start) for process in processes]
+    for clients in (everybody, everybody[:2], []):
+        states = [process.next(state, clients).state for process, state in zip(processes, states, strict=True)]
+    after = [flat(process, state) for process, state in zip(processes, states, strict=True)]
+    np.testing.assert_allclose(*after, atol=1e-5)
+    assert np.abs(after[0] - np.concatenate([v.numpy().ravel() for v in start.trainable_weights])).max() > 1e-3
+
+
+def test_xla_is_refused_for_tffs_worker(make_process):
+    with pytest.raises(InvalidArgumentError, match="give engine='tensorflow'"):
+        make_process(engine="tff", jit_compile=True)
+
+
 def test_a_process_of_the_tensorflow_engine_trains_like_keras(make_process, draw_clients):
     process = make_process(
         engine="tensorflow", l2_norm_clip=1e6, expected_clients_per_round=1, batch_size=None, local_epochs=3
