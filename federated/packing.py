@@ -134,7 +134,8 @@ class Packer:
         members = [client for group in groups for client in group]
         steps = self._filled_up(max((client.num_steps for client in members), default=0))
         size = max((client.most_rows for client in members), default=0)
-        size = max(size, min(self._filled_up(size), self.batch_size or math.inf))
+        filled_up = self._filled_up(size)
+        size = max(size, min(filled_up, self.batch_size or filled_up))
         # A padding row stands for a row of the same client; where there is no client, nobody looks at the answer.
         rows = np.full((self._filled_up(len(groups)), at_once, steps, size), -1, np.int32)
         weights = np.zeros(rows.shape[:2], np.float32)
