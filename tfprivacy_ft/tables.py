@@ -1,18 +1,59 @@
-"""Columns of a table as arrays of numbers, or one sentence on what keeps one from being that.
+"""Tables: files of columns, and their columns as arrays of numbers, or one sentence on what keeps one from being that.
 
-Promises: nothing is encoded, scaled, filled in or left out, since a code, a mean or a range that is taken from private
-rows is a release; no value of the table is shown in an error. A table is a mapping from names to columns, which a
-pandas.DataFrame is, too; pandas is not imported.
+Promises: nothing is encoded, scaled, filled in or left out by what the rows hold, since a code, a mean or a range that is
+taken from private rows is a release; no value of the table is shown in an error. A table is a mapping from names to
+columns, which a pandas.DataFrame is, too; pandas is imported only to read a file.
 """
 
-from collections.abc import Sequence
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from tfprivacy_ft.errors import DatasetError
+from tfprivacy_ft import datasets
+from tfprivacy_ft.errors import DatasetError, InvalidArgumentError, MissingDependencyError
 
 _NAMES_SHOWN = 20
+_READERS = (".csv", ".parquet", ".npz")
+
+
+def read_table(path: str | os.PathLike[str]) -> Mapping[Any, Any]:
+    """Reads a file of columns.
+
+    Args:
+        path: Ends in .csv or .parquet, which come as a `pandas.DataFrame`, or in .npz, which comes as arrays by name.
+
+    Raises:
+        DatasetError: The file is not there, cannot be read, or ends in something else.
+        MissingDependencyError: pandas, or for .parquet pyarrow, is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "table.npz"
+        >>> np.savez(path, owner=["ann", "bob"], age=[61, 47])
+        >>> sorted(read_table(path))
+        ['age', 'owner']
+    """
+    path = pathlib.Path(path)
+    check_suffix(path)
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        import pandas
+
+        return (
+            pandas.read_csv(path, float_precision="round_trip") if path.suffix == ".csv" else pandas.read_parquet(path)
+        )
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"reading {path.suffix} files needs pandas and pyarrow: install them by pip install 'tfprivacy_ft[tables]'."
+        ) from error
+    except Exception as error:  # what these readers raise on a damaged file is of every kind
+        why = error.strerror if isinstance(error, OSError) and error.strerror else f"no {path.suffix} file of columns"
+        raise DatasetError(f"data={str(path)!r} cannot be read ({why}): give a file that can.") from error
 
 
 def names(table: Any) -> list[Any]:
@@ -115,3 +156,46 @@ def _is_missing(value: Any) -> bool:
         return value is None or bool(value != value)
     except TypeError:  # pandas.NA says neither yes nor no
         return True
+
+
+def scaled(columns: Mapping[str, Any], bounds: Sequence[str]) -> dict[str, Any]:
+    """Columns cut off at their bounds and scaled to -1 .. 1; those without as they are."""
+    limits = [_limits(text) for text in bounds]
+    for_all = [pair for name, pair in limits if name is None]
+    by_name = {name: pair for name, pair in limits if name is not None}
+    if len(for_all) > 1 or len(by_name) + len(for_all) < len(limits):
+        raise InvalidArgumentError(f"bounds={list(bounds)} bounds something twice: give each column one pair.")
+    if unknown := set(by_name) - set(columns):
+        raise InvalidArgumentError(
+            f"bounds={sorted(unknown)} are no features: these are {', '.join(map(str, columns))}."
+        )
+    result = dict(columns)
+    for name in columns:
+        pair = by_name.get(name, for_all[0] if for_all else None)
+        if pair is not None:
+            low, high = pair
+            values = numbers(columns, name).astype(np.float64)
+            result[name] = (2 * (np.clip(values, low, high) - low) / (high - low) - 1).astype(np.float32)
+    return result
+
+
+def _limits(text: str) -> tuple[str | None, tuple[float, float]]:
+    name, _, pair = text.rpartition("=")
+    low, _, high = pair.partition(":")
+    try:
+        limits = (float(low), float(high))
+    except ValueError:
+        limits = (0.0, 0.0)
+    if not (np.isfinite(limits).all() and limits[0] < limits[1]):
+        raise InvalidArgumentError(
+            f"bounds={text!r} is not allowed: give COLUMN=LOW:HIGH with two numbers, LOW below HIGH."
+        )
+    return name or None, limits
+
+
+def check_suffix(path: pathlib.Path) -> None:
+    if path.suffix not in _READERS:
+        raise DatasetError(
+            f"data={str(path)!r} is neither a file that ends in {', '.join(_READERS)} nor one of the data sets "
+            f"{', '.join(datasets.names())}: give one of these."
+        )
