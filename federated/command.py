@@ -19,7 +19,7 @@ import numpy as np
 from federated import cohorts
 from federated.clients import ClientData, clients_from_table, split_evenly
 from tfprivacy_ft import _check, accounting, datasets, models, plots, run_folder, tables
-from tfprivacy_ft.errors import DatasetError, InvalidArgumentError, UnsupportedEventError
+from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedEventError
 
 if TYPE_CHECKING:
     from federated.evaluation import ClientEvaluation
@@ -33,7 +33,7 @@ class FederateSettings:
     """What can be chosen.
 
     Args:
-        data: A file that ends in .csv, .parquet or .npz, or the name of a bundled data set.
+        data: A file that ends in .csv, .csv.gz, .tsv, .parquet or .npz, or the name of a bundled data set.
         run_dir: The run's folder, which holds no run yet.
         rounds: >= 1.
         clients_per_round: (Expected) size of a cohort, > 0.
@@ -173,14 +173,10 @@ def _from_file(settings: FederateSettings) -> tuple[ClientData, int]:
     table = tables.read_table(settings.data)
     rest = [name for name in tables.names(table) if name not in (owner, label)]
     chosen = rest if settings.features is None else settings.features
-    scaled = tables.scaled({name: table[name] for name in chosen if name in rest}, settings.bounds)
+    scaled = tables.scaled({name: table[name] for name in chosen if name in rest}, tables.parse_bounds(settings.bounds))
     columns: dict[Any, Any] = {name: scaled.get(name, table[name]) for name in tables.names(table)}
     clients = clients_from_table(columns, owner=owner, label=label, features=list(chosen))
-    if clients.y.dtype.kind != "i" or clients.y.min() < 0 or clients.y.max() >= classes:
-        raise DatasetError(
-            f"column {label!r} holds labels other than the whole numbers from 0 to {classes - 1}: number them so, or give "
-            "another --classes."
-        )
+    tables.check_classes(label, clients.y, classes)
     return clients, classes
 
 

@@ -15,15 +15,34 @@ import numpy as np
 from tfprivacy_ft import datasets
 from tfprivacy_ft.errors import DatasetError, InvalidArgumentError, MissingDependencyError
 
+__all__ = [
+    "check_classes",
+    "check_suffix",
+    "class_labels",
+    "column",
+    "count_missing",
+    "features",
+    "keys",
+    "labels",
+    "members",
+    "names",
+    "numbers",
+    "parse_bounds",
+    "read_table",
+    "scaled",
+    "texts",
+]
+
 _NAMES_SHOWN = 20
-_READERS = (".csv", ".parquet", ".npz")
+_READERS = (".csv", ".csv.gz", ".tsv", ".parquet", ".npz")
 
 
 def read_table(path: str | os.PathLike[str]) -> Mapping[Any, Any]:
     """Reads a file of columns.
 
     Args:
-        path: Ends in .csv or .parquet, which come as a `pandas.DataFrame`, or in .npz, which comes as arrays by name.
+        path: Ends in .csv, .csv.gz, .tsv or .parquet, which come as a `pandas.DataFrame`, or in .npz, which comes as arrays by
+            name.
 
     Raises:
         DatasetError: The file is not there, cannot be read, or ends in something else.
@@ -44,9 +63,9 @@ def read_table(path: str | os.PathLike[str]) -> Mapping[Any, Any]:
                 return dict(arrays)
         import pandas
 
-        return (
-            pandas.read_csv(path, float_precision="round_trip") if path.suffix == ".csv" else pandas.read_parquet(path)
-        )
+        if path.suffix == ".parquet":
+            return pandas.read_parquet(path)
+        return pandas.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", float_precision="round_trip")
     except ImportError as error:
         raise MissingDependencyError(
             f"reading {path.suffix} files needs pandas and pyarrow: install them by pip install 'tfprivacy_ft[tables]'."
@@ -70,6 +89,27 @@ def names(table: Any) -> list[Any]:
     if not found:
         raise DatasetError("the table has no columns: give one for the owner, one for the label and some features.")
     return found
+
+
+def column(table: Any, name: Any) -> np.ndarray:
+    """A column as it is, with what is missing, (n, ...).
+
+    Raises:
+        DatasetError: The column is not in the table, or twice, or is no column.
+    """
+    known = names(table)
+    if name not in known:
+        shown = ", ".join(str(each) for each in known[:_NAMES_SHOWN])
+        more = f" and {len(known) - _NAMES_SHOWN} more" if len(known) > _NAMES_SHOWN else ""
+        raise DatasetError(f"column {name!r} is not in the table: it has {shown}{more}.")
+    if known.count(name) > 1:
+        raise DatasetError(
+            f"column {name!r} is {known.count(name)} times in the table: give each column a name of its own."
+        )
+    values = np.asarray(table[name])
+    if values.ndim == 0:
+        raise DatasetError(f"column {name!r} is one value: give one per row.")
+    return values
 
 
 def keys(table: Any, name: Any) -> np.ndarray:
@@ -122,18 +162,8 @@ def labels(table: Any, name: Any) -> np.ndarray:
 
 
 def _column(table: Any, name: Any) -> np.ndarray:
-    known = names(table)
-    if name not in known:
-        shown = ", ".join(str(each) for each in known[:_NAMES_SHOWN])
-        more = f" and {len(known) - _NAMES_SHOWN} more" if len(known) > _NAMES_SHOWN else ""
-        raise DatasetError(f"column {name!r} is not in the table: it has {shown}{more}.")
-    if known.count(name) > 1:
-        raise DatasetError(
-            f"column {name!r} is {known.count(name)} times in the table: give each column a name of its own."
-        )
-    values = np.asarray(table[name])
-    if values.ndim == 0:
-        raise DatasetError(f"column {name!r} is one value: give one per row.")
+    """A column that lacks nothing."""
+    values = column(table, name)
     if missing := count_missing(values):
         raise DatasetError(
             f"column {name!r} lacks {missing} of {values.size} values: leave these rows out, or fill them with a constant that "
@@ -151,6 +181,10 @@ def count_missing(values: np.ndarray) -> int:
     return 0
 
 
+def _spelt(value: Any) -> str:
+    return str(value).strip()
+
+
 def _is_missing(value: Any) -> bool:
     try:
         return value is None or bool(value != value)
@@ -158,20 +192,120 @@ def _is_missing(value: Any) -> bool:
         return True
 
 
-def scaled(columns: Mapping[str, Any], bounds: Sequence[str]) -> dict[str, Any]:
-    """Columns cut off at their bounds and scaled to -1 .. 1; those without as they are."""
-    limits = [_limits(text) for text in bounds]
-    for_all = [pair for name, pair in limits if name is None]
-    by_name = {name: pair for name, pair in limits if name is not None}
-    if len(for_all) > 1 or len(by_name) + len(for_all) < len(limits):
-        raise InvalidArgumentError(f"bounds={list(bounds)} bounds something twice: give each column one pair.")
-    if unknown := set(by_name) - set(columns):
-        raise InvalidArgumentError(
-            f"bounds={sorted(unknown)} are no features: these are {', '.join(map(str, columns))}."
+def class_labels(table: Any, name: Any, classes: int | Sequence[Any]) -> np.ndarray:
+    """A column of labels as the numbers of their classes, int32 (n,).
+
+    Args:
+        table: A mapping from names to columns.
+        name: The column.
+        classes: How many there are, for whole numbers from 0, or all of them by name, in their order. They are given and not
+            looked up, since which labels there are is a release.
+
+    Raises:
+        DatasetError: The column is not there, lacks values, has other labels, or has one class only.
+
+    Example:
+        >>> class_labels({"ill": ["no", "yes", "no"]}, "ill", ["no", "yes"]).tolist()
+        [0, 1, 0]
+    """
+    if isinstance(classes, int):
+        y = labels(table, name)
+        y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+        check_classes(name, y, classes)
+    else:
+        member = members(table, name, classes)
+        y = np.argmax(member, axis=1).astype(np.int32)
+        if strangers := int(np.sum(~member.any(axis=1))):
+            raise DatasetError(
+                f"column {name!r} has {strangers} of {len(y)} labels that are none of the classes "
+                f"{', '.join(map(str, classes))}: give all classes, as they are spelt there, or leave these rows out."
+            )
+    if len(np.unique(y)) < 2:
+        raise DatasetError(f"column {name!r} holds one class only: give rows of two classes or more.")
+    return y
+
+
+def check_classes(name: Any, y: np.ndarray, classes: int) -> None:
+    """Refuses labels that are not the whole numbers from 0 to classes - 1, one per row."""
+    if y.ndim != 1 or y.dtype.kind != "i" or not len(y) or y.min() < 0 or y.max() >= classes:
+        raise DatasetError(
+            f"column {name!r} holds labels other than the whole numbers from 0 to {classes - 1}: number them so, or give "
+            "another --classes."
         )
+
+
+def members(table: Any, name: Any, listed: Sequence[Any]) -> np.ndarray:
+    """Which of the listed values each row has, bool (n, listed): none where it has another one, or a missing one.
+
+    Text is compared without the spaces around it, numbers are compared as numbers.
+
+    Raises:
+        DatasetError: The column is not there, or holds numbers where text is listed.
+    """
+    values = column(table, name)
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim != 1:
+        raise DatasetError(f"column {name!r} has shape {values.shape}: give one value per row.")
+    if values.dtype.kind in "iuf":
+        try:
+            return values[:, np.newaxis] == np.array([float(each) for each in listed])
+        except ValueError:
+            raise DatasetError(
+                f"column {name!r} holds numbers, and {', '.join(map(str, listed))} are not: list numbers."
+            ) from None
+    text = np.array(["" if _is_missing(value) else _spelt(value) for value in values.tolist()], dtype=object)
+    return text[:, np.newaxis] == np.array([_spelt(each) for each in listed], dtype=object)
+
+
+def texts(table: Any, name: Any) -> list[str]:
+    """A column of text.
+
+    Raises:
+        DatasetError: The column is not there, lacks values, or holds something else.
+    """
+    values = _column(table, name)
+    if values.ndim != 1 or not all(isinstance(value, str) for value in values.tolist()):
+        raise DatasetError(f"column {name!r} holds something else where text is needed: take it out of --text.")
+    return values.tolist()
+
+
+def parse_bounds(bounds: Sequence[str]) -> dict[str | None, tuple[float, float]]:
+    """`"COLUMN=LOW:HIGH"` and `"LOW:HIGH"` as numbers; the key None is for all columns without bounds of their own.
+
+    Raises:
+        InvalidArgumentError: A text is something else, or a column has two pairs.
+
+    Example:
+        >>> parse_bounds(["age=0:120", "-1:1"])
+        {'age': (0.0, 120.0), None: (-1.0, 1.0)}
+    """
+    pairs = [_limits(text) for text in bounds]
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise InvalidArgumentError(f"bounds={list(bounds)} bounds something twice: give each column one pair.")
+    return dict(pairs)
+
+
+def scaled(columns: Mapping[str, Any], bounds: Mapping[str | None, tuple[float, float]]) -> dict[str, Any]:
+    """Columns cut off at their bounds and scaled to -1 .. 1; those without as they are.
+
+    Args:
+        columns: The columns by name.
+        bounds: As `parse_bounds` returns them.
+
+    Raises:
+        InvalidArgumentError: Bounds are those of no column.
+        DatasetError: A column with bounds is not one of finite numbers.
+
+    Example:
+        >>> scaled({"age": [30, 150]}, {"age": (0, 120)})["age"].tolist()
+        [-0.5, 1.0]
+    """
+    if unknown := sorted(name for name in bounds if name is not None and name not in columns):
+        raise InvalidArgumentError(f"bounds={unknown} are no features: these are {', '.join(map(str, columns))}.")
     result = dict(columns)
     for name in columns:
-        pair = by_name.get(name, for_all[0] if for_all else None)
+        pair = bounds.get(name, bounds.get(None))
         if pair is not None:
             low, high = pair
             values = numbers(columns, name).astype(np.float64)
@@ -194,7 +328,7 @@ def _limits(text: str) -> tuple[str | None, tuple[float, float]]:
 
 
 def check_suffix(path: pathlib.Path) -> None:
-    if path.suffix not in _READERS:
+    if not path.name.endswith(_READERS):
         raise DatasetError(
             f"data={str(path)!r} is neither a file that ends in {', '.join(_READERS)} nor one of the data sets "
             f"{', '.join(datasets.names())}: give one of these."

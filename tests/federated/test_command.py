@@ -83,7 +83,7 @@ BUNDLED = {"data": "digits", "clients_by": None, "label": None, "classes": None,
         ({"num_clients": 5}, "--num-clients 5 is not for files"),
         (
             {"data": "digit"},
-            "--data 'digit' is neither a file that ends in .csv, .parquet, .npz nor one of the data sets",
+            "--data 'digit' is neither a file that ends in .csv, .csv.gz, .tsv, .parquet, .npz nor one of the data sets",
         ),
         ({"data": "no_such.npz"}, "--data 'no_such.npz' cannot be read (No such file or directory)"),
         ({"label": "sick"}, "column 'sick' is not in the table: it has patient, age, weight, city, ill."),
