@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from tfprivacy_ft import _check
 from tfprivacy_ft.errors import DatasetError, InvalidArgumentError
 
-__all__ = ["class_folders", "read_images"]
+__all__ = ["class_folders", "fitted", "read_images"]
 
+# What red, green and blue give to grey, as in ITU-R BT.601, which JPEG and TensorFlow use, too.
+_LUMA = np.array([[0.299], [0.587], [0.114]], np.float32)
 _ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
 
 
@@ -90,10 +91,7 @@ def read_images(
             is given.
         InvalidArgumentError: A size or a number of channels is not allowed.
     """
-    if size is not None:
-        _check.positive_integer(**{"height of image_size": size[0], "width of image_size": size[1]})
-    if channels not in (None, 1, 3):
-        raise InvalidArgumentError(f"channels={channels} is not allowed: give 1 (grey) or 3 (colours).")
+    _check_target(size, channels)
     images: np.ndarray | None = None
     for done, path in enumerate(paths):
         image = _decode(pathlib.Path(path), channels)
@@ -109,6 +107,44 @@ def read_images(
     if images is None:
         raise DatasetError("there are no images: give a folder or a table that has some.")
     return images
+
+
+def fitted(pixels: np.ndarray, *, size: tuple[int, int] | None = None, channels: int | None = None) -> np.ndarray:
+    """Images in another size, or with another number of channels.
+
+    Args:
+        pixels: uint8 (n, height, width, channels).
+        size: (height, width); None keeps it.
+        channels: 1 or 3; None keeps it.
+
+    Returns:
+        uint8 (n, height, width, channels).
+
+    Raises:
+        InvalidArgumentError: A size or a number of channels is not allowed.
+
+    Example:
+        >>> fitted(np.zeros([2, 4, 4, 1], np.uint8), channels=3).shape
+        (2, 4, 4, 3)
+    """
+    _check_target(size, channels)
+    if size is not None and pixels.shape[1:3] != tuple(size):
+        scaled = np.empty((len(pixels), *size, pixels.shape[3]), np.uint8)
+        for row, image in enumerate(pixels):
+            scaled[row] = _resize(image, size)
+        pixels = scaled
+    if channels == 1 and pixels.shape[3] == 3:
+        pixels = np.rint(pixels @ _LUMA).astype(np.uint8)
+    if channels == 3 and pixels.shape[3] == 1:
+        pixels = np.repeat(pixels, 3, axis=3)
+    return pixels
+
+
+def _check_target(size: tuple[int, int] | None, channels: int | None) -> None:
+    if size is not None and not (len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
+        raise InvalidArgumentError(f"image_size={size!r} is not allowed: give height and width in pixels.")
+    if channels not in (None, 1, 3):
+        raise InvalidArgumentError(f"channels={channels} is not allowed: give 1 (grey) or 3 (colours).")
 
 
 def _differs(shape: Sequence[int], first: Sequence[int]) -> str:
