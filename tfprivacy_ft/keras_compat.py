@@ -107,6 +107,11 @@ def steps_per_execution(model: Any) -> int:
     return 1 if value is None else int(value)
 
 
+def nested_layers(model: Any) -> list[Any]:
+    """All layers of a model, with those inside of other layers; outer ones before what is in them."""
+    return list(model._flatten_layers(include_self=False, recursive=True))
+
+
 def is_swish(op: tf.Operation) -> bool:
     """Whether `op` is the IdentityN by which `tf.nn.swish` saves memory: its gradient is that of its first input.
 

@@ -325,6 +325,23 @@ class PrivacyPlan:
         self._ledger = new
         self._note_mechanisms()
 
+    def continue_ledger(self, ledger: Ledger) -> None:
+        """Records in an open ledger from now on, such as that of the stage before, whose releases count in the budget.
+
+        Raises:
+          InvalidArgumentError: this plan has released something already, or the ledger is for another delta.
+        """
+        self.settle()
+        if self._ledger.events():
+            raise InvalidArgumentError("the plan has released something already: give it the ledger before it trains.")
+        if ledger.delta != self.delta:
+            raise InvalidArgumentError(
+                f"the ledger has delta={ledger.delta} and the plan {self.delta}: give one delta."
+            )
+        self._ledger.close()
+        self._ledger = ledger
+        self._note_mechanisms()
+
     def sampling_of(self, arguments: dict[str, Any] | None) -> Sampling:
         """How the batches of a running `fit` are drawn, as far as its arguments prove it.
 

@@ -1,0 +1,276 @@
+"""Recipes: what is trained of a pretrained model, and how; the one place where their defaults live.
+
+A recipe holds public choices only. None stands for a sound default from the number of examples and the budget, which
+`filled` puts in; nothing here looks at data, and nothing needs TensorFlow.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+from tfprivacy_ft import _check
+from tfprivacy_ft.errors import InvalidArgumentError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one stage trains; the subclasses say what.
+
+    Args:
+      epochs: passes over the data, >= 1.
+      batch_size: expected examples in a Poisson batch, >= 1; at most n, which larger values mean.
+      l2_norm_clip: > 0, the bound on an example's gradient; None where `clipping` has a total of its own.
+      clipping: a rule of `tfprivacy_ft.clipping`, such as `Automatic()`; None for `Flat()`.
+      learning_rate: > 0, or a Keras schedule.
+      optimizer: a Keras optimizer class, or its name, such as `"Adam"`; None for SGD with momentum 0.9.
+      noise_ratio: > 0, this stage's noise beside that of the other stages: 2 for twice as much as one with 1.
+      average_weights: decay in (0, 1) of an average of the weights over the steps, which becomes the model; None for none.
+      augment: `(rows, seed) -> rows`, of which each example gets `augmentations` versions.
+      augmentations: K >= 1; the gradients of K versions of an example are averaged before its clip.
+
+    Raises:
+      InvalidArgumentError: an argument is outside its range.
+    """
+
+    epochs: int | None = None
+    batch_size: int | None = None
+    l2_norm_clip: float | None = 1.0
+    clipping: Any = None
+    learning_rate: Any = None
+    optimizer: type | str | None = None
+    noise_ratio: float = 1.0
+    average_weights: float | None = None
+    augment: Callable[..., Any] | None = None
+    augmentations: int = 1
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) is not None:
+                _check.positive_integer(**{name: getattr(self, name)})
+        if self.l2_norm_clip is not None:
+            _check.positive(l2_norm_clip=self.l2_norm_clip)
+        if isinstance(self.learning_rate, int | float):
+            _check.positive(learning_rate=self.learning_rate)
+        if self.average_weights is not None:
+            _check.open_unit_interval(average_weights=self.average_weights)
+        _check.positive(noise_ratio=self.noise_ratio)
+        _check.positive_integer(augmentations=self.augmentations)
+        if self.augmentations > 1 and self.augment is None:
+            raise InvalidArgumentError(
+                f"augmentations={self.augmentations} without augment is not allowed: give the function that makes them."
+            )
+
+    @property
+    def name(self) -> str:
+        """What it is called in reports, such as `head`."""
+        return _NAMES[type(self)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Head(Recipe):
+    """Trains the head alone, on features of the frozen backbone that are computed once.
+
+    Args:
+      hidden_units: sizes of tanh layers before the output, where the head is new; () for a linear head.
+      cache: where the features go: `"memory"`, or a folder, for what memory does not hold. They are private data.
+
+    Example:
+      >>> Head(hidden_units=(32,), epochs=20).epochs
+      20
+    """
+
+    hidden_units: tuple[int, ...] = ()
+    cache: str | os.PathLike[str] = "memory"
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "hidden_units", tuple(self.hidden_units))
+        for units in self.hidden_units:
+            _check.positive_integer(hidden_units=units)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bias(Recipe):
+    """Trains biases, offsets of normalisations, and the head (BiTFiT).
+
+    Source: Bu et al. 2022, "Differentially Private Bias-Term Fine-tuning of Foundation Models".
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA(Recipe):
+    """Trains low-rank adapters and the head; the adapters are merged into the weights at the end.
+
+    Args:
+      rank: >= 1, of each adapter.
+      layers: names of the layers that get one, or a function of a layer; None for all dense ones before the head.
+
+    Source: Hu et al. 2021, "LoRA"; Yu et al. 2021, "Differentially Private Fine-tuning of Language Models".
+    """
+
+    rank: int = 4
+    layers: Any = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check.positive_integer(rank=self.rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class LastLayers(Recipe):
+    """Trains the last `count` layers that have weights, the head among them."""
+
+    count: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check.positive_integer(count=self.count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Full(Recipe):
+    """Trains every layer that the model has not frozen."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroShot:
+    """Trains nothing: the model is taken as it is, and epsilon is 0."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in reports."""
+        return "zero_shot"
+
+
+@dataclasses.dataclass(frozen=True)
+class Staged:
+    """Several recipes, one after the other, under one budget and in one ledger.
+
+    Args:
+      stages: the recipes in their order; their `noise_ratio` divides the budget.
+
+    Raises:
+      InvalidArgumentError: there is none, or one of them is not a single recipe.
+
+    Example:
+      >>> Staged((Head(), Full(noise_ratio=1.5))).name
+      'head, full'
+    """
+
+    stages: tuple[Recipe, ...] = (Head(), LastLayers(2), Full())
+
+    def __post_init__(self):
+        object.__setattr__(self, "stages", tuple(self.stages))
+        if not self.stages or not all(isinstance(stage, Recipe) for stage in self.stages):
+            raise InvalidArgumentError(
+                f"stages={self.stages!r} is not allowed: give one or more of Head(), Bias(), LoRA(), LastLayers() and Full()."
+            )
+
+    @property
+    def name(self) -> str:
+        """What it is called in reports."""
+        return ", ".join(stage.name for stage in self.stages)
+
+
+AnyRecipe = Recipe | Staged | ZeroShot
+
+_NAMES = {Head: "head", Bias: "bias", LoRA: "lora", LastLayers: "last_layers", Full: "full"}
+_BY_NAME: dict[str, Callable[[], AnyRecipe]] = {
+    "head": Head,
+    "bias": Bias,
+    "lora": LoRA,
+    "last_layers": LastLayers,
+    "full": Full,
+    "one_stage": Full,
+    "staged": Staged,
+    "light": lambda: Staged((Head(), LastLayers(2))),
+    "zero_shot": ZeroShot,
+}
+
+
+def names() -> list[str]:
+    """Names that `find` knows.
+
+    Example:
+      >>> "head" in names()
+      True
+    """
+    return sorted(_BY_NAME)
+
+
+def find(recipe: str | AnyRecipe) -> AnyRecipe:
+    """The recipe of this name, or the recipe itself.
+
+    Raises:
+      InvalidArgumentError: it is neither.
+
+    Example:
+      >>> find("light").name
+      'head, last_layers'
+    """
+    if isinstance(recipe, AnyRecipe):
+        return recipe
+    if not isinstance(recipe, str) or recipe not in _BY_NAME:
+        raise InvalidArgumentError(
+            f"recipe={recipe!r} is not allowed: give one of {', '.join(names())}, or a recipe such as Head()."
+        )
+    return _BY_NAME[recipe]()
+
+
+def stages_of(recipe: AnyRecipe, *, num_examples: int, target_epsilon: float) -> tuple[Recipe, ...]:
+    """The stages of a recipe with every default put in; none for `ZeroShot`.
+
+    Args:
+      num_examples: n, public.
+      target_epsilon: the budget of all stages together.
+
+    Example:
+      >>> stages_of(Full(epochs=3), num_examples=10_000, target_epsilon=3.0)[0].batch_size
+      800
+    """
+    if isinstance(recipe, ZeroShot):
+        return ()
+    stages = recipe.stages if isinstance(recipe, Staged) else (recipe,)
+    return tuple(_filled(stage, num_examples, target_epsilon) for stage in stages)
+
+
+def describe(recipe: AnyRecipe) -> dict[str, Any]:
+    """The recipe as plain values that JSON can hold, but for where features are kept, which is the machine's.
+
+    Example:
+      >>> describe(LastLayers(2))["count"]
+      2
+    """
+    if isinstance(recipe, Staged):
+        return {"name": recipe.name, "stages": [describe(stage) for stage in recipe.stages]}
+    values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe) if field.name != "cache"}
+    return {"name": recipe.name} | {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "get_config"):
+        return {type(value).__name__: _plain(tuple(value.get_config().items()))}
+    return getattr(value, "__name__", type(value).__name__)
+
+
+def _filled(recipe: Recipe, n: int, target_epsilon: float) -> Recipe:
+    """Defaults of docs/starting_values.md: they were measured on public data, and depend on public facts only."""
+    is_head = isinstance(recipe, Head)
+    usual_batch = n if is_head else round(8 * math.sqrt(n))
+    epochs = 40 if is_head else 30
+    # As the noise rises, the step has to fall; the exponent goes through the measured rates of epsilon 1, 3 and 8.
+    rate = (2.0 if is_head else 0.025) * target_epsilon ** (2 / 3)
+    return dataclasses.replace(
+        recipe,
+        batch_size=min(n, recipe.batch_size or usual_batch),
+        epochs=recipe.epochs or epochs,
+        learning_rate=rate if recipe.learning_rate is None else recipe.learning_rate,
+    )

@@ -1,0 +1,104 @@
+"""What each recipe trains: a model for `fit`, what it reads, and the whole model afterwards."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from tfprivacy_ft.errors import UnsupportedModelError
+from tfprivacy_ft.finetune import backbones, features, recipes
+from tfprivacy_ft.finetune.backbones import Classifier
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stage:
+    """One stage, ready to be trained.
+
+    Args:
+      model: what is trained; its trainable variables are what the stage moves.
+      inputs: makes what `model` reads from inputs of the whole model.
+      finish: gives the whole model, once trained.
+    """
+
+    model: Any
+    inputs: Callable[[Any], Any]
+    finish: Callable[[], Classifier]
+
+
+def prepare(recipe: recipes.Recipe, classifier: Classifier) -> Stage:
+    """The stage of a recipe.
+
+    Args:
+      recipe: what to train.
+      classifier: the whole model, whose layers are used and made trainable or not; `finish` undoes the latter.
+
+    Raises:
+      UnsupportedModelError: nothing would be trained, or a BatchNormalization would.
+    """
+    stage = _MAKERS[type(recipe)](recipe, classifier)
+    backbones.refuse_trainable_batch_norm(stage.model)
+    if not stage.model.trainable_variables:
+        raise UnsupportedModelError(
+            f"the recipe {recipe.name!r} finds nothing to train in the model {classifier.model.name!r}: set layers trainable, or "
+            "choose another recipe."
+        )
+    return stage
+
+
+def _head(recipe: Any, classifier: Classifier) -> Stage:
+    for layer in classifier.head.layers:
+        layer.trainable = True
+
+    def inputs(x: Any) -> Any:
+        return features.compute(classifier.features, x, cache=recipe.cache)
+
+    return Stage(classifier.head, inputs, lambda: classifier)
+
+
+def _full(recipe: Any, classifier: Classifier) -> Stage:
+    return _in_place(classifier, lambda model: None)
+
+
+def _bias(recipe: Any, classifier: Classifier) -> Stage:
+    from tfprivacy_ft.finetune import lora
+
+    return _in_place(classifier, lora.train_only_biases)
+
+
+def _last_layers(recipe: Any, classifier: Classifier) -> Stage:
+    from tfprivacy_ft.finetune import lora
+
+    return _in_place(classifier, lambda model: lora.train_last_layers(model, recipe.count))
+
+
+def _lora(recipe: Any, classifier: Classifier) -> Stage:
+    from tfprivacy_ft.finetune import lora
+
+    flags = backbones.trainable_flags(classifier.model)
+    adapted = lora.add_lora(classifier.model, recipe.rank, recipe.layers)
+
+    def finish() -> Classifier:
+        merged = lora.merge_lora(adapted)
+        backbones.set_trainable_flags(merged, flags)
+        return Classifier(merged, classifier.head_layers)
+
+    return Stage(adapted, lambda x: x, finish)
+
+
+def _in_place(classifier: Classifier, choose: Callable[[Any], Any]) -> Stage:
+    flags = backbones.trainable_flags(classifier.model)
+    choose(classifier.model)
+
+    def finish() -> Classifier:
+        backbones.set_trainable_flags(classifier.model, flags)
+        return classifier
+
+    return Stage(classifier.model, lambda x: x, finish)
+
+
+_MAKERS: dict[type, Callable[[Any, Classifier], Stage]] = {
+    recipes.Head: _head,
+    recipes.Bias: _bias,
+    recipes.LoRA: _lora,
+    recipes.LastLayers: _last_layers,
+    recipes.Full: _full,
+}
