@@ -80,8 +80,7 @@ class Encoding:
             float32 (n, numbers); a single feature that holds arrays (n, ...), such as images, with its own shape.
 
         Raises:
-            DatasetError: A column is not there, lacks values, holds text where numbers are needed, numbers where text is, or
-                none of the categories that are listed for it.
+            DatasetError: A column is not there, lacks values, or holds text where numbers are needed, or numbers where text is.
             InvalidArgumentError: Something is known of a column that is no feature.
         """
         known = {name for name in (*self.bounds, *self.categories, *self.text) if name is not None}
@@ -97,6 +96,19 @@ class Encoding:
         if lengths := {len(part) for part in parts if len(part) != len(parts[0])}:
             raise DatasetError(f"columns have {len(parts[0])} and {min(lengths)} rows: give one value per row in each.")
         return np.concatenate(parts, axis=1)
+
+    def refuse_unused_categories(self, table: Mapping[str, Any]) -> None:
+        """Refuses a table to train on in which a column has none of the categories that are listed for it.
+
+        Raises:
+            DatasetError: There is such a column; the text names it.
+        """
+        for name, listed in self.categories.items():
+            if not tables.members(table, name, listed).any():
+                shown = ", ".join(map(str, listed))
+                raise DatasetError(
+                    f"column {name!r} holds none of {shown}: list its categories as they are spelt there."
+                )
 
     def to_json(self) -> dict[str, Any]:
         """The same as values that JSON has."""
@@ -134,12 +146,7 @@ class Encoding:
             return self._hashed(tables.texts(columns, name))
         if name not in self.categories:
             return tables.features(columns, [name])
-        listed = self.categories[name]
-        member = tables.members(columns, name, listed)
-        if len(member) and not member.any():
-            shown = ", ".join(map(str, listed))
-            raise DatasetError(f"column {name!r} holds none of {shown}: list its categories as they are spelt there.")
-        return member.astype(np.float32)
+        return tables.members(columns, name, self.categories[name]).astype(np.float32)
 
     def _hashed(self, texts: Iterable[str]) -> np.ndarray:
         from sklearn.feature_extraction.text import HashingVectorizer

@@ -256,13 +256,15 @@ def run_finetune(settings: FinetuneSettings) -> "FineTuned":
     with folder.recording():  # what goes wrong before the training; from there on `finetune` records it
         rows = _read(settings)
         model, rows = _from_scratch(settings, rows, path) if settings.from_scratch else _pretrained(settings, rows)
+    recipe, delta = settings.chosen_recipe(), min(1e-5, 0.1 / len(rows.x)) if settings.delta is None else settings.delta
+    sys.stdout.write(f"{_announced(settings, rows, recipe.name, delta)}\nEverything goes to {path}\n\n")
     result = finetune(
         model,
         rows.x,
         rows.y,
-        recipe=settings.chosen_recipe(),
+        recipe=recipe,
         target_epsilon=settings.target_epsilon,
-        delta=min(1e-5, 0.1 / len(rows.x)) if settings.delta is None else settings.delta,
+        delta=delta,
         num_classes=None if settings.from_scratch or settings.keep_head else rows.num_classes,
         validation_data=rows.test,
         run_dir=path,
@@ -276,11 +278,21 @@ def run_finetune(settings: FinetuneSettings) -> "FineTuned":
     return result
 
 
+def _announced(settings: FinetuneSettings, rows: _Rows, recipe: str, delta: float) -> str:
+    shape = "x".join(map(str, rows.x.shape[1:]))
+    start = " from random weights" if settings.from_scratch else ""
+    return (
+        f"{settings.data}: {len(rows.x):,} rows of {shape} numbers, {rows.num_classes} classes\n"
+        f"{settings.model}{start}: {recipe}, within epsilon {settings.target_epsilon:g} at delta {delta:g}"
+    )
+
+
 def _leave(result: "FineTuned", schema: Mapping[str, Any], path: pathlib.Path) -> None:
     """Writes what the run gave into its folder, and says it."""
     result.save(path / "model.keras")
-    result.write_card(path)
-    (path / "schema.json").write_text(f"{json.dumps(schema, indent=1)}\n", encoding="utf-8")
+    # result.write_card(path)
+    if schema:
+        (path / "schema.json").write_text(f"{json.dumps(schema, indent=1)}\n", encoding="utf-8")
     (path / "report.txt").write_text(f"{result.report}\n", encoding="utf-8")
     (path / "report.json").write_text(f"{result.report.to_json()}\n", encoding="utf-8")
     sys.stdout.write(f"\n{result.report}\n")
@@ -340,6 +352,7 @@ def _read_path(settings: FinetuneSettings, path: pathlib.Path) -> _Rows:
                 f"column {settings.label!r} is the label and cannot be a feature: take it out of features."
             )
     x = _as_inputs(settings, settings.encoding.encode(table, features))
+    settings.encoding.refuse_unused_categories(table)
     _same_length(x, y)
     return _Rows(x, y, count, schema={**schema, "features": features, **settings.encoding.to_json()})
 
@@ -370,7 +383,7 @@ def _as_inputs(settings: FinetuneSettings, x: np.ndarray) -> np.ndarray:
         grey = x[..., np.newaxis] if x.ndim == 3 else x
         return images.fitted(grey, size=settings.image_size, channels=settings.channels)
     if settings.image_size is not None or settings.channels is not None:
-        raise InvalidArgumentError("image_size and channels are for images: leave them out.")
+        raise InvalidArgumentError("image_size=HEIGHTxWIDTH and channels are for images: leave them out.")
     return x.astype(np.float32) if x.dtype.kind in "fb" or x.dtype == np.uint8 else x
 
 

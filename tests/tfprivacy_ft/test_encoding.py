@@ -55,7 +55,6 @@ def test_images_stay_images():
         (Encoding(), ["age", "height"], "column 'height' is not in the table: it has age, city, note"),
         (Encoding(), ["age", "city"], "column 'city' holds text where numbers are needed"),
         (KNOWN, ["city", "note", "height", "age"], "column 'height' is not in the table"),
-        (Encoding(categories={"city": ("oslo", "rome")}), ["city"], "column 'city' holds none of oslo, rome"),
         (Encoding(categories={"age": ("old", "young")}), ["age"], "column 'age' holds numbers, and old, young are not"),
         (Encoding(text=("age",)), ["age"], "column 'age' holds something else where text is needed"),
         (Encoding(text=("city",)), ["age"], r"columns \['city'\] are encoded but no features: these are age"),
@@ -89,3 +88,9 @@ def test_a_missing_number_is_refused_and_a_missing_category_is_none_of_those_lis
 def test_what_is_no_encoding_is_refused(values, says):
     with pytest.raises(InvalidArgumentError, match=says):
         Encoding.from_json(values)
+
+
+def test_categories_that_no_row_has_are_refused_for_training():
+    KNOWN.refuse_unused_categories(TABLE)
+    with pytest.raises(DatasetError, match="column 'city' holds none of oslo, rome"):
+        Encoding(categories={"city": ("oslo", "rome")}).refuse_unused_categories(TABLE)

@@ -1,0 +1,225 @@
+"""`tfprivacy-ft finetune`: what it refuses, what it reads, and what it leaves behind."""
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfprivacy_ft import ledger
+from tfprivacy_ft.cli import main
+from tfprivacy_ft.compute_epsilon import compute_epsilon
+from tfprivacy_ft.encoding import Encoding
+from tfprivacy_ft.finetune_command import FinetuneSettings, _read
+
+RNG = np.random.default_rng(0)
+ROWS = 200
+ILL = RNG.integers(0, 2, ROWS)
+TABLE = {
+    "age": RNG.integers(18, 90, ROWS).astype(float),
+    "city": np.array(["Rome", "Oslo"])[RNG.integers(0, 2, ROWS)],
+    "note": np.array(["all is well", "in much pain"])[ILL],
+    "ill": np.array(["no", "yes"])[ILL],
+}
+KNOWN = {
+    "label": "ill",
+    "classes": ["no", "yes"],
+    "bounds": ["age=0:120"],
+    "categories": ["city=Rome,Oslo"],
+    "text": ["note"],
+    "text_features": 32,
+}
+
+
+def write(folder, table=TABLE):
+    np.savez(folder / "table.npz", **table)
+    return folder / "table.npz"
+
+
+def write_image(path, shape):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tf.io.encode_png(RNG.integers(0, 256, shape, dtype=np.uint8)).numpy())
+
+
+def words(data, run_dir, **changes):
+    """The words of a command; True stands for an option without a value, and None leaves one out."""
+    options = {"data": data, "model": "logistic", "target_epsilon": 3.0, "run_dir": run_dir, **KNOWN, **changes}
+    found = ["finetune"]
+    for name, value in options.items():
+        if value is not None:
+            found.append(f"--{name.replace('_', '-')}")
+            found += map(str, [] if value is True else value if isinstance(value, list) else [value])
+    return found
+
+
+NOTHING_KNOWN = dict.fromkeys(KNOWN)
+
+
+def refused(given, capsys):
+    """The one sentence with which the command refuses these words."""
+    assert main(given) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("tfprivacy-ft: ")
+    return err.removeprefix("tfprivacy-ft: ").strip()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"target_epsilon": 0}, "--target-epsilon 0.0 is not allowed"),
+        ({"delta": 1}, "--delta 1.0 is not allowed"),
+        ({"held_out": 1}, "--held-out 1.0 is not allowed"),
+        ({"held_out": 0.1, "test_data": "other.npz"}, "--held-out 0.1 is not allowed with --test-data 'other.npz'"),
+        ({"stages": 0}, "--stages 0 is not allowed"),
+        ({"recipe": "heads"}, "--recipe 'heads' is not allowed: give one of bias"),
+        (
+            {"recipe": "head"},
+            "--recipe 'head' is not allowed with --model 'logistic', which starts from random weights",
+        ),
+        ({"model": "nothing.keras", "recipe": "zero_shot", "epochs": 3}, "--epochs are for training"),
+        ({"resume": True, "run_dir": None}, "--resume is not allowed without run_dir"),
+        ({"data": "digit"}, "--data 'digit' is neither a file that ends in"),
+        ({"data": "digits"}, "--data 'digits' is a bundled data set: leave out --label, --classes."),
+        ({"label": None, "data": "people.csv"}, "--data 'people.csv' is a table: give --label, too."),
+        ({"classes": None}, "--classes None is not allowed: give how many there are"),
+        ({"classes": ["yes"]}, "--classes 'yes' is not allowed: give how many there are"),
+        ({"bounds": ["age"]}, "--bounds 'age' is not allowed: give COLUMN=LOW:HIGH"),
+        ({"categories": ["city"]}, "--categories 'city' is not allowed: give COLUMN=CATEGORY,CATEGORY"),
+        ({"text": ["city", "note"]}, "columns ['city'] are given twice"),
+        ({"image_size": "96"}, "--image-size '96' is not allowed: give HEIGHTxWIDTH"),
+        ({"schema": "none.json"}, "--schema 'none.json' cannot be read (No such file or directory)"),
+    ],
+)
+def test_words_that_do_not_fit_are_refused_before_a_folder_is_made(changes, says, tmp_path, capsys):
+    given = words(**{"data": tmp_path / "table.npz", "run_dir": tmp_path / "run", **changes})
+    assert says in refused(given, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "changes", "says"),
+    [
+        ({}, {"data": "none.npz"}, "--data 'none.npz' cannot be read (No such file or directory)"),
+        ({}, {"label": "sick"}, "column 'sick' is not in the table: it has age, city, note, ill."),
+        ({}, {"features": ["age", "city", "note", "height"]}, "column 'height' is not in the table"),
+        ({}, {"categories": None}, "column 'city' holds text where numbers are needed"),
+        ({"ill": np.full(ROWS, "yes")}, {}, "column 'ill' holds one class only"),
+        ({"age": np.full(ROWS, np.nan)}, {}, f"column 'age' lacks {ROWS} of {ROWS} values"),
+        ({"ill": TABLE["ill"][:-1]}, {}, f"there are {ROWS} rows of features and {ROWS - 1} labels"),
+        ({}, {"image_size": "8x8"}, "--image-size HEIGHTxWIDTH and channels are for images"),
+        ({}, {"held_out": 0.001}, f"--held-out 0.001 of {ROWS} rows leaves too few"),
+        ({}, {"resume": True}, "holds no run to go on with"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused_and_the_folder_says_why(change, changes, says, tmp_path, capsys):
+    path = write(tmp_path, {**TABLE, **change})
+    sentence = refused(words(**{"data": path, "run_dir": tmp_path / "run", **changes}), capsys)
+    assert says in sentence
+    if "resume" not in changes:
+        run = json.loads((tmp_path / "run" / "run.json").read_text())
+        assert run["state"] == "failed" and run["sentence"].split(" ", 2)[-1] in sentence
+
+
+def read(data, model="logistic", **options):
+    return _read(FinetuneSettings.from_options(data=str(data), model=model, target_epsilon=1.0, **options))
+
+
+def test_a_schema_file_says_what_options_say(tmp_path, capsys):
+    path = write(tmp_path)
+    schema = tmp_path / "schema.json"
+    known = Encoding(bounds={"age": (0, 120)}, categories={"city": ("Rome", "Oslo")}, text=("note",), text_features=32)
+    schema.write_text(json.dumps({"label": "ill", "classes": ["no", "yes"], **known.to_json()}))
+    by_file, by_options = read(path, schema=str(schema)), read(path, **KNOWN)
+    np.testing.assert_array_equal(by_file.x, by_options.x)
+    np.testing.assert_array_equal(by_file.y, ILL)
+    assert by_file.x.shape == (ROWS, 1 + 2 + 32) and by_file.num_classes == 2
+    assert "--label stand in --schema" in refused(
+        words(path, None, **{**NOTHING_KNOWN, "label": "ill"}, schema=schema), capsys
+    )
+    schema.write_text('{"lable": "ill"}')
+    assert "give a JSON object with any of label, classes" in refused(
+        words(path, None, **NOTHING_KNOWN, schema=schema), capsys
+    )
+
+
+@pytest.mark.parametrize(
+    "names", ["x y x_test y_test", "train_images train_labels test_images test_labels"]
+)
+def test_arrays_are_found_by_their_usual_names(names, tmp_path):
+    images, labels = RNG.integers(0, 256, (9, 4, 5), dtype=np.uint8), np.arange(9)[:, np.newaxis] % 3
+    np.savez(tmp_path / "images.npz", **dict(zip(names.split(), (images, labels, images[:4], labels[:4]), strict=True)))
+    rows = read(tmp_path / "images.npz", classes=["3"])
+    assert rows.x.shape == (9, 4, 5, 1) and rows.x.dtype == np.uint8 and rows.y.tolist() == labels[:, 0].tolist()
+    assert rows.test[0].shape == (4, 4, 5, 1) and rows.test[1].shape == (4,)
+    larger = read(tmp_path / "images.npz", classes=["3"], image_size="8x10", channels=3)
+    assert larger.x.shape == (9, 8, 10, 3) and larger.test[0].shape == (4, 8, 10, 3)
+
+
+def test_images_come_from_sub_folders_or_by_a_column_of_names(tmp_path):
+    for name in ("cat/1.png", "cat/2.png", "dog/1.png"):
+        write_image(tmp_path / "images" / name, (4, 4, 3))
+    rows = read(tmp_path / "images")
+    assert rows.y.tolist() == [0, 0, 1] and rows.schema == {"classes": ["cat", "dog"]}
+    listed = {"path": np.array(["images/dog/1.png", "images/cat/2.png"]), "kind": np.array(["dog", "cat"])}
+    by_name = read(write(tmp_path, listed), label="kind", classes=["cat", "dog"], image_column="path")
+    assert by_name.y.tolist() == [1, 0]
+    np.testing.assert_array_equal(by_name.x, rows.x[[2, 1]])
+
+
+def test_held_out_rows_are_the_same_ones_each_time_and_not_trained_on(tmp_path):
+    path = write(tmp_path, {"number": np.arange(100.0), "ill": np.arange(100) % 2})
+    first, again = (read(path, label="ill", classes=["2"], held_out=0.2) for _ in range(2))
+    np.testing.assert_array_equal(first.x, again.x)
+    assert len(first.test[0]) == 20 and sorted([*first.x[:, 0], *first.test[0][:, 0]]) == list(range(100))
+
+
+@pytest.fixture(scope="module")
+def table_run(tmp_path_factory):
+    """A run on a table with columns of every kind: its folder, and what it printed."""
+    import contextlib
+    import io
+
+    folder = tmp_path_factory.mktemp("table")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(words(write(folder), folder / "run", held_out=0.25, epochs=2, delta=1e-3)) == 0
+    return folder / "run", printed.getvalue()
+
+
+def test_a_run_leaves_ledger_report_card_and_model(table_run):
+    folder, printed = table_run
+    book = ledger.read(folder)
+    assert [event.sampler for event in book.events] == ["poisson"] and book.events[0].population == 150
+    epsilon = compute_epsilon(book).epsilon
+    assert 2.9 < epsilon <= 3
+    assert json.loads((folder / "report.json").read_text())["accounts"][0]["epsilon"] == pytest.approx(epsilon)
+    assert (folder / "report.txt").read_text().strip() in printed
+    assert json.loads((folder / "run.json").read_text())["state"] == "finished"
+    assert "150 rows of 35 numbers, 2 classes" in printed and "Held out, without noise: " in printed
+    assert str(folder) in printed and "val_accuracy" in printed and "epsilon" in printed
+
+
+def test_the_model_reads_later_rows_by_the_schema_beside_it(table_run):
+    folder, _ = table_run
+    schema = json.loads((folder / "schema.json").read_text())
+    known = Encoding.from_json({name: schema[name] for name in ("bounds", "categories", "text", "text_features")})
+    model = tf.keras.models.load_model(folder / "model.keras", compile=False)
+    later = {"age": [50], "city": ["Bonn"], "note": ["all is well"]}
+    assert model.predict(known.encode(later, schema["features"]), verbose=0).shape == (1, 1)
+
+
+def test_a_second_run_needs_another_folder_and_resume_needs_the_same_words(table_run, tmp_path, capsys):
+    folder, _ = table_run
+    path = write(tmp_path)
+    assert "holds a run already: give --resume" in refused(words(path, folder, held_out=0.25), capsys)
+    assert main(words(path, folder, held_out=0.25, epochs=4, resume=True, delta=1e-3)) == 2
+    assert "has another recipe" in capsys.readouterr().err
+    assert main(words(path, folder, held_out=0.25, epochs=2, resume=True, delta=1e-3)) == 0
+    assert len(ledger.read(folder).events) == 1  # there was nothing left to do
+
+
+def test_a_numbered_folder_is_made_where_none_is_given(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number in ("001", "002"):
+        refused(words("none.npz", None), capsys)
+        assert json.loads((tmp_path / "runs/finetune" / number / "run.json").read_text())["state"] == "failed"
