@@ -1,0 +1,1 @@
+"""Private fine-tuning of pretrained Keras models."""
