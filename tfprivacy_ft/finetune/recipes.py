@@ -43,7 +43,7 @@ class Recipe:
     optimizer: type | str | None = None
     noise_ratio: float = 1.0
     average_weights: float | None = None
-    augment: Callable[..., Any] | None = None
+    augment: Callable[[Any, Any], Any] | None = None
     augmentations: int = 1
 
     def __post_init__(self):
