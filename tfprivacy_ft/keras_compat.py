@@ -80,6 +80,27 @@ def layer_path(variable: tf.Variable) -> str:
     return name.rpartition("/")[0] or name
 
 
+def short_name(weight: Any) -> str:
+    """A weight's name in its own layer, such as `kernel`."""
+    return name_of(weight).rpartition("/")[2]
+
+
+def own_trainable_weights(layer: Any) -> list[Any]:
+    """Weights of a layer itself, and not of layers inside it, that Keras trains where nothing is frozen."""
+    return list(layer._trainable_variables if IS_KERAS_3 else layer._trainable_weights)
+
+
+def own_weights(layer: Any) -> list[Any]:
+    """Weights of a layer itself, and not of layers inside it, in an order that freezing does not change."""
+    others = layer._non_trainable_variables if IS_KERAS_3 else layer._non_trainable_weights
+    return [*own_trainable_weights(layer), *others]
+
+
+def layers_inside(layer: Any, *, nested: bool = True) -> list[Any]:
+    """The layers that a layer or model is made of; with those inside of them if `nested`."""
+    return list(layer._flatten_layers(recursive=nested, include_self=False))
+
+
 def function_definition(graph: Any, name: str) -> Any:
     """The definition of a function that ops of `graph` call; None where it cannot be had."""
     while graph is not None:
@@ -105,11 +126,6 @@ def steps_per_execution(model: Any) -> int:
     public = getattr(model, "steps_per_execution", None)
     value = getattr(model, "_steps_per_execution", None) if public is None else public
     return 1 if value is None else int(value)
-
-
-def nested_layers(model: Any) -> list[Any]:
-    """All layers of a model, with those inside of other layers; outer ones before what is in them."""
-    return list(model._flatten_layers(include_self=False, recursive=True))
 
 
 def is_swish(op: tf.Operation) -> bool:

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tfprivacy_ft import _check
 from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedModelError
-from tfprivacy_ft.keras_compat import keras, nested_layers
+from tfprivacy_ft.keras_compat import keras, layers_inside
 
 _ENDS = {"softmax", "sigmoid"}
 
@@ -182,13 +182,13 @@ def _ends_in_probabilities(model: Any) -> bool:
 
 
 def trainable_flags(model: Any) -> list[bool]:
-    """Which layers are trainable, in the order of `nested_layers`."""
-    return [layer.trainable for layer in nested_layers(model)]
+    """Which layers are trainable, in the order of `layers_inside`."""
+    return [layer.trainable for layer in layers_inside(model)]
 
 
 def set_trainable_flags(model: Any, flags: Sequence[bool]) -> None:
     """Makes layers trainable or not, as `trainable_flags` said of a model of the same architecture."""
-    for layer, flag in zip(nested_layers(model), flags, strict=True):
+    for layer, flag in zip(layers_inside(model), flags, strict=True):
         layer.trainable = flag  # an outer layer comes before those in it, whose flags it sets, too
 
 
@@ -198,7 +198,7 @@ def refuse_trainable_batch_norm(model: Any) -> None:
     Raises:
       UnsupportedModelError: there is one; the text names it.
     """
-    for layer in nested_layers(model):
+    for layer in layers_inside(model):
         if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
             raise UnsupportedModelError(
                 f"layer {layer.name!r} is a BatchNormalization that would be trained, which mixes the examples of a batch: give "

@@ -72,8 +72,8 @@ def labelled(examples: Examples, num_classes: int, *, several: bool, name: str =
     classes = np.unique(y)
     if classes[0] < 0 or classes[-1] >= num_classes or not np.array_equal(classes, classes.astype(np.int64)):
         raise DatasetError(
-            f"{name} holds labels from {classes[0]} to {classes[-1]}: give whole numbers from 0 to {num_classes - 1}, one for each "
-            "class of the model."
+            f"{name} holds labels from {classes[0]} to {classes[-1]}: give whole numbers from 0 to {num_classes - 1}, one "
+            "for each class of the model."
         )
     if several and len(classes) < 2:
         raise DatasetError(f"{name} holds one class only, {classes[0]}: give examples of at least two classes.")

@@ -27,7 +27,8 @@ class Recipe:
       optimizer: a Keras optimizer class, or its name, such as `"Adam"`; None for SGD with momentum 0.9.
       noise_ratio: > 0, this stage's noise beside that of the other stages: 2 for twice as much as one with 1.
       average_weights: decay in (0, 1) of an average of the weights over the steps, which becomes the model; None for none.
-      augment: `(rows, seed) -> rows`, of which each example gets `augmentations` versions.
+      augment: an augmentation of `tfprivacy_ft.augmentation`, such as `RandomShift(2)`. It is made anew in every step, but
+        for `Head`, whose features are computed once of `augmentations` versions of each example.
       augmentations: K >= 1; the gradients of K versions of an example are averaged before its clip.
 
     Raises:
@@ -42,7 +43,7 @@ class Recipe:
     optimizer: type | str | None = None
     noise_ratio: float = 1.0
     average_weights: float | None = None
-    augment: Callable[..., Any] | None = None
+    augment: Callable[[Any, Any], Any] | None = None
     augmentations: int = 1
 
     def __post_init__(self):

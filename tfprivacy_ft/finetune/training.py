@@ -25,6 +25,7 @@ from tfprivacy_ft.finetune.result import FineTuned
 from tfprivacy_ft.keras_compat import keras
 from tfprivacy_ft.ledger import Ledger, software
 from tfprivacy_ft.plan import PrivacyPlan
+from tfprivacy_ft.weight_averaging import WeightAveraging
 
 _log = logging.getLogger(__name__)
 
@@ -237,35 +238,50 @@ class _Run:
         plan.continue_ledger(ledger)
         stage = stage_makers.prepare(recipe, self._classifier)
         stage.model.compile(_optimizer(recipe, plan), loss=self._loss, metrics=["accuracy"], jit_compile=False)
+        average = None if recipe.average_weights is None else WeightAveraging(recipe.average_weights)
         if checkpoint is not None:
-            _restore(stage.model, checkpoint)
+            _restore(stage.model, average, checkpoint)
         epochs_done = 0 if checkpoint is None else checkpoint.epoch
         if epochs_done < plan.epochs:
             validation = self._validation
+            every_epoch = _EveryEpoch(self._folder, ledger, self._history, number, recipe, average)
             stage.model.fit(
-                plan.batches(stage.inputs(self._private.x), self._private.y),
+                stage.batches(plan, self._private),
                 epochs=plan.epochs,
                 initial_epoch=epochs_done,
                 validation_data=None if validation is None else (stage.inputs(validation.x), validation.y),
-                callbacks=[*plan.callbacks(), _EveryEpoch(self._folder, ledger, self._history, number, recipe)],
+                callbacks=[*plan.callbacks(), *([] if average is None else [average]), every_epoch],
+                shuffle=False,  # Poisson batches are drawn already
                 verbose=self._verbose,
             )
             plan.settle()
+        elif checkpoint is not None and checkpoint.average:  # killed between the last epoch and the end of the stage
+            _assign(stage.model.trainable_variables, [checkpoint.average[name] for name in _averages(checkpoint)])
         self._classifier = stage.finish()
 
 
 class _EveryEpoch(keras.callbacks.Callback):
     """Keeps history and checkpoint; comes after the plan's callback, which has settled the epoch by then."""
 
-    def __init__(self, folder: RunFolder, ledger: Ledger, history: list[dict[str, Any]], stage: int, recipe: Recipe):
+    def __init__(
+        self,
+        folder: RunFolder,
+        ledger: Ledger,
+        history: list[dict[str, Any]],
+        stage: int,
+        recipe: Recipe,
+        average: WeightAveraging | None,
+    ):
         super().__init__()
         self._folder, self._ledger, self._history = folder, ledger, history
-        self._stage, self._recipe = stage, recipe
+        self._stage, self._recipe, self._average = stage, recipe, average
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Called by Keras."""
         figures = {name: float(value) for name, value in (logs or {}).items()}
         self._history.append({"stage": self._stage + 1, "recipe": self._recipe.name, "epoch": epoch + 1, **figures})
+        if self._folder.path is None:
+            return
         self._folder.save(
             Checkpoint(
                 stage=self._stage,
@@ -274,23 +290,33 @@ class _EveryEpoch(keras.callbacks.Callback):
                 ledger=self._ledger.position(),
                 weights=[np.asarray(variable) for variable in self.model.trainable_variables],
                 optimizer=[np.asarray(variable) for variable in self.model.optimizer.variables],
-                average={},
+                average={} if self._average is None else self._average.state(),
             )
         )
 
 
-def _restore(model: Any, checkpoint: Checkpoint) -> None:
+def _restore(model: Any, average: WeightAveraging | None, checkpoint: Checkpoint) -> None:
     """Puts a checkpoint's values into a compiled model and its optimizer."""
     variables = list(model.trainable_variables)
     model.optimizer.build(variables)
-    for those, values in ((variables, checkpoint.weights), (list(model.optimizer.variables), checkpoint.optimizer)):
-        if [tuple(variable.shape) for variable in those] != [value.shape for value in values]:
-            raise CheckpointError(
-                "the checkpoint holds weights of another architecture, or of another optimizer: give the model and the "
-                "recipe that the run began with."
-            )
-        for variable, value in zip(those, values, strict=True):
-            variable.assign(value)
+    _assign(variables, checkpoint.weights)
+    _assign(list(model.optimizer.variables), checkpoint.optimizer)
+    if average is not None:
+        average.load_state(checkpoint.average)
+
+
+def _assign(variables: list[Any], values: list[np.ndarray]) -> None:
+    if [tuple(variable.shape) for variable in variables] != [value.shape for value in values]:
+        raise CheckpointError(
+            "the checkpoint holds weights of another architecture, or of another optimizer: give the model and the recipe "
+            "that the run began with."
+        )
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+def _averages(checkpoint: Checkpoint) -> list[str]:
+    return [f"average_{i}" for i in range(len(checkpoint.weights))]
 
 
 def _classifier(
