@@ -173,6 +173,10 @@ def test_held_out_rows_are_the_same_ones_each_time_and_not_trained_on(tmp_path):
     assert len(first.test[0]) == 20 and sorted([*first.x[:, 0], *first.test[0][:, 0]]) == list(range(100))
 
 
+# Whole batches, for which the noise is known in closed form, and so at once.
+RUN = {"held_out": 0.25, "epochs": 2, "batch_size": 150, "delta": 1e-3}
+
+
 @pytest.fixture(scope="module")
 def table_run(tmp_path_factory):
     """A run on a table with columns of every kind: its folder, and what it printed."""
@@ -182,7 +186,7 @@ def table_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("table")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        assert main(words(write(folder), folder / "run", held_out=0.25, epochs=2, delta=1e-3)) == 0
+        assert main(words(write(folder), folder / "run", **RUN)) == 0
     return folder / "run", printed.getvalue()
 
 
@@ -211,10 +215,10 @@ def test_the_model_reads_later_rows_by_the_schema_beside_it(table_run):
 def test_a_second_run_needs_another_folder_and_resume_needs_the_same_words(table_run, tmp_path, capsys):
     folder, _ = table_run
     path = write(tmp_path)
-    assert "holds a run already: give --resume" in refused(words(path, folder, held_out=0.25), capsys)
-    assert main(words(path, folder, held_out=0.25, epochs=4, resume=True, delta=1e-3)) == 2
+    assert "holds a run already: give --resume" in refused(words(path, folder, **RUN), capsys)
+    assert main(words(path, folder, **{**RUN, "epochs": 4}, resume=True)) == 2
     assert "has another recipe" in capsys.readouterr().err
-    assert main(words(path, folder, held_out=0.25, epochs=2, resume=True, delta=1e-3)) == 0
+    assert main(words(path, folder, **RUN, resume=True)) == 0
     assert len(ledger.read(folder).events) == 1  # there was nothing left to do
 
 
