@@ -56,7 +56,9 @@ def _head(recipe: Any, classifier: Classifier) -> Stage:
     def batches(plan: PrivacyPlan, examples: Examples) -> Any:
         x, y = examples.x, examples.y
         if recipe.augment is not None:
-            x, y = augmented_rows(x, y, recipe.augment, recipe.augmentations, seed=0)  # one seed: the cache is found again
+            x, y = augmented_rows(
+                x, y, recipe.augment, recipe.augmentations, seed=0
+            )  # one seed: the cache is found again
         return plan.batches(features.compute(classifier.features, x, cache=recipe.cache), y)
 
     def inputs(x: Any) -> Any:
@@ -108,67 +110,6 @@ def _whole_batches(recipe: Any) -> Callable[[PrivacyPlan, Examples], Any]:
         return plan.batches(examples.x, examples.y, augment=recipe.augment)
 
     return batches
-
-
-_MAKERS[type(recipe)](recipe, classifier)
-    backbones.refuse_trainable_batch_norm(stage.model)
-    if not stage.model.trainable_variables:
-        raise UnsupportedModelError(
-            f"the recipe {recipe.name!r} finds nothing to train in the model {classifier.model.name!r}: set layers trainable, or "
-            "choose another recipe."
-        )
-    return stage
-
-
-def _head(recipe: Any, classifier: Classifier) -> Stage:
-    for layer in classifier.head.layers:
-        layer.trainable = True
-
-    def inputs(x: Any) -> Any:
-        return features.compute(classifier.features, x, cache=recipe.cache)
-
-    return Stage(classifier.head, inputs, lambda: classifier)
-
-
-def _full(recipe: Any, classifier: Classifier) -> Stage:
-    return _in_place(classifier, lambda model: None)
-
-
-def _bias(recipe: Any, classifier: Classifier) -> Stage:
-    from tfprivacy_ft.finetune import lora
-
-    return _in_place(classifier, lora.train_only_biases)
-
-
-def _last_layers(recipe: Any, classifier: Classifier) -> Stage:
-    from tfprivacy_ft.finetune import lora
-
-    return _in_place(classifier, lambda model: lora.train_last_layers(model, recipe.count))
-
-
-def _lora(recipe: Any, classifier: Classifier) -> Stage:
-    from tfprivacy_ft.finetune import lora
-
-    flags = backbones.trainable_flags(classifier.model)
-    adapted = lora.add_lora(classifier.model, recipe.rank, recipe.layers)
-
-    def finish() -> Classifier:
-        merged = lora.merge_lora(adapted)
-        backbones.set_trainable_flags(merged, flags)
-        return Classifier(merged, classifier.head_layers)
-
-    return Stage(adapted, lambda x: x, finish)
-
-
-def _in_place(classifier: Classifier, choose: Callable[[Any], Any]) -> Stage:
-    flags = backbones.trainable_flags(classifier.model)
-    choose(classifier.model)
-
-    def finish() -> Classifier:
-        backbones.set_trainable_flags(classifier.model, flags)
-        return classifier
-
-    return Stage(classifier.model, lambda x: x, finish)
 
 
 _MAKERS: dict[type, Callable[[Any, Classifier], Stage]] = {
