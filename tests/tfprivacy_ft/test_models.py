@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tfprivacy_ft import models
 from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedModelError
+from tfprivacy_ft.models import registry
 
 CASES = [
     ("logistic", (30,), 2, {}),
@@ -32,9 +33,9 @@ def _inputs(name, shape, rows=4):
 
 
 @pytest.fixture
-def registry(monkeypatch):
+def clean_registry(monkeypatch):
     """What a test registers is forgotten after it."""
-    monkeypatch.setattr(models, "_BUILDERS", dict(models._BUILDERS))
+    monkeypatch.setattr(registry, "_BUILDERS", dict(registry._BUILDERS))
 
 
 def _dense(input_shape, num_outputs):
@@ -111,7 +112,7 @@ def test_importing_the_module_needs_no_tensorflow():
     assert subprocess.run([sys.executable, "-c", code], timeout=600).returncode == 0
 
 
-def test_a_function_and_a_registered_name_work_like_a_name(registry):
+def test_a_function_and_a_registered_name_work_like_a_name(clean_registry):
     assert models.build_model(_dense, (3,), 2).output_shape == (None, 2)
     assert models.register_model("mine")(_dense) is _dense
     assert models.build_model("mine", (3,), 2).output_shape == (None, 2)
@@ -122,7 +123,7 @@ def test_a_function_and_a_registered_name_work_like_a_name(registry):
 
 
 @pytest.mark.parametrize("name", ["cnn", "", None])
-def test_names_that_cannot_be_registered(registry, name):
+def test_names_that_cannot_be_registered(clean_registry, name):
     with pytest.raises(InvalidArgumentError):
         models.register_model(name)(_dense)
 
