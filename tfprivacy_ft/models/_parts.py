@@ -29,5 +29,5 @@ def sizes(name: str, values: Any) -> tuple[int, ...]:
 def fixed(input_shape: tuple[int | None, ...], builder: str) -> None:
     if None in input_shape:
         raise InvalidArgumentError(
-            f"input_shape={input_shape} is not allowed for {builder}: give every size; only text takes None."
+            f"input_shape={input_shape} is not allowed for {builder}: give every size, without None."
         )

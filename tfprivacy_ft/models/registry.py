@@ -32,19 +32,31 @@ def build_model(
     for losses made with `from_logits=True`, and for regression.
 
     Args:
-        name: "logistic", "mlp", "cnn", "text", a name registered with `register_model`, or a function
-            `(input_shape, num_outputs, **options) -> model` that makes a new model with new weights at each call.
+        name: "logistic", "mlp", "cnn", "resnet", "squeezenet", "text", "transformer", "lstm", a name registered with
+            `register_model`, or a function `(input_shape, num_outputs, **options) -> model` that makes a new model with
+            new weights at each call.
         input_shape: Shape of one example, without the batch axis: (28, 28, 1) for images, (30,) for rows of a table,
-            (T,) or (None,) for texts of integer tokens.
+            (T,) for texts of integer tokens, or (None,) for text and lstm; (T, measurements) for lstm, where T may be None.
         num_outputs: Classes, or values of a regression; >= 1. Two classes are 1 (sigmoid) or 2 (softmax).
         **options: Options of the builder:
             logistic: from_logits=False.
             mlp: hidden_units=(128,), activation="tanh", from_logits=False.
             cnn: filters=(16, 32), kernel_sizes and strides (by default (8, 4) and (2, 2), or for images with a side
                 below 16 pixels (3, 3) and (1, 2)), hidden_units=(32,), activation="tanh", from_logits=False.
+            resnet: blocks=(1, 1, 1) and filters=(16, 32, 64), one number of each per stage; groups=8, a divisor of each
+                of filters; activation="relu", from_logits=False.
+            squeezenet: include_top=True, from_logits=False. Images of 31 pixels or more in each direction; height and
+                width may be None. include_top=False gives the mean over the image of the last layer's 512 features
+                (num_outputs=512). `weights.load_backbone` loads weights of ImageNet into it, and says how images have to
+                be prepared for them.
             text: vocabulary_size (required; tokens are 0 .. vocabulary_size - 1), embedding_dim=16, mask_zero=False
                 (True: token 0 is padding and does not count; import `tfprivacy_ft.layers` before you load such a
                 model), hidden_units=(), activation="tanh", from_logits=False.
+            transformer: vocabulary_size (required), embedding_dim=32, blocks=1, num_heads=2, feed_forward_units=64,
+                mask_zero=False (as for text), activation="gelu", from_logits=False.
+            lstm: vocabulary_size (required for tokens, left out for measurements), embedding_dim=16, units=32,
+                mask_zero=False (for tokens), hidden_units=(), activation="tanh", from_logits=False. Private gradients of
+                an LSTM are exact, but have no fast rule: each example is taken alone, which is slow.
 
     Returns:
         A `tf.keras.Model` with weights, not compiled.
@@ -59,8 +71,12 @@ def build_model(
         >>> model.count_params()
         266
 
-    Source: the tanh CNN of Papernot et al., "Tempered Sigmoid Activations for Deep Learning with Differential
-        Privacy", AAAI 2021, https://arxiv.org/abs/2007.14191.
+    Source: cnn: Papernot et al., "Tempered Sigmoid Activations for Deep Learning with Differential Privacy", AAAI 2021,
+        https://arxiv.org/abs/2007.14191. resnet: He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016,
+        https://arxiv.org/abs/1603.05027, with Wu & He, "Group Normalization", ECCV 2018,
+        https://arxiv.org/abs/1803.08494. squeezenet: Iandola et al., 2016, https://arxiv.org/abs/1602.07360 (version
+        1.1). transformer: Xiong et al., "On Layer Normalization in the Transformer Architecture", ICML 2020,
+        https://arxiv.org/abs/2002.04745.
     """
     shape = _shape_of_one_example(input_shape)
     _check.positive_integer(num_outputs=num_outputs)
