@@ -6,6 +6,7 @@ the model, so that later rows can; every run has a folder of its own, which says
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -27,8 +28,13 @@ if TYPE_CHECKING:
 __all__ = ["FinetuneSettings", "run_finetune"]
 
 _PRETRAINED = ("squeezenet",)
+_CENTRED = "pixels / 127.5 - 1"
 _FOLDERS = "runs/finetune"
-_SCHEMA = ("label", "classes", "features", "image_column", "bounds", "categories", "text", "text_features")
+_SCHEMA = (
+    *("label", "classes", "features", "image_column", "image_size", "channels"),
+    *("bounds", "categories", "text", "text_features"),
+)
+_PIXELS = "pixels"  # stands in a schema beside these, to be read by people
 # Names under which files keep inputs and labels to train on, and to test on.
 _ARRAYS = (("x", "y"), ("x_train", "y_train"), ("train_images", "train_labels"))
 _TEST_ARRAYS = (("x_test", "y_test"), ("test_images", "test_labels"))
@@ -139,12 +145,14 @@ class FinetuneSettings:
             "categories": None if categories is None else parse_categories(categories),
             "text": text,
             "text_features": text_features,
-            "image_size": None if image_size is None else _size(image_size),
+            "image_size": image_size,
         }
         listed = {} if schema is None else _read_schema(schema)
         if twice := [name for name in listed if given.get(name) is not None]:
             raise InvalidArgumentError(f"{_as_options(twice)} stand in schema={schema!r}, too: give each in one place.")
         given = {name: value for name, value in {**given, **listed}.items() if value is not None}
+        if "image_size" in given:
+            given["image_size"] = _size(given["image_size"])
         known = {name: given.pop(name) for name in ("bounds", "categories", "text", "text_features") if name in given}
         return cls(**given, encoding=Encoding.from_json(known))
 
@@ -170,6 +178,11 @@ class FinetuneSettings:
     def from_scratch(self) -> bool:
         """Whether the model starts from random weights."""
         return self.model in models.model_names() and self.model not in _PRETRAINED
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the model is a pretrained one by name, and no path."""
+        return not self.from_scratch and not pathlib.Path(self.model).exists()
 
     @property
     def is_bundled(self) -> bool:
@@ -307,7 +320,11 @@ def _leave(result: "FineTuned", schema: Mapping[str, Any], path: pathlib.Path) -
 def _read(settings: FinetuneSettings) -> _Rows:
     if settings.is_bundled:
         data = datasets.load(settings.data)
-        return _Rows(data.x_train, data.y_train, data.num_classes, (data.x_test, data.y_test))
+        rows = _Rows(data.x_train, data.y_train, data.num_classes, (data.x_test, data.y_test))
+        needs_pixels = settings.is_named or settings.image_size is not None or settings.channels is not None
+        if rows.x.ndim == 4 and needs_pixels:
+            return rows.with_inputs(lambda x: _as_inputs(settings, np.rint((x + 1) * 127.5).astype(np.uint8)))
+        return rows.with_inputs(functools.partial(_as_inputs, settings))
     rows = _read_path(settings, pathlib.Path(settings.data))
     if settings.test_data is not None:
         test = _read_path(settings, pathlib.Path(settings.test_data))
@@ -331,7 +348,8 @@ def _read_path(settings: FinetuneSettings, path: pathlib.Path) -> _Rows:
     if path.is_dir():
         wanted = settings.classes if settings.classes is None or not isinstance(settings.classes, int) else None
         paths, y, names = images.class_folders(path, wanted)
-        return _Rows(_pixels(settings, paths), y, len(names), schema={"classes": list(names)})
+        x = _pixels(settings, paths)
+        return _Rows(x, y, len(names), schema={"classes": list(names), **_about(x)})
     table = tables.read_table(path)
     classes = settings.classes
     assert classes is not None
@@ -342,8 +360,8 @@ def _read_path(settings: FinetuneSettings, path: pathlib.Path) -> _Rows:
     schema = {"label": settings.label, "classes": classes if isinstance(classes, int) else list(classes)}
     if settings.image_column is not None:
         paths = [path.parent / name for name in tables.texts(table, settings.image_column)]
-        schema["image_column"] = settings.image_column
-        return _Rows(_pixels(settings, paths), y, count, schema=schema)
+        x = _pixels(settings, paths)
+        return _Rows(x, y, count, schema={**schema, "image_column": settings.image_column, **_about(x)})
     features = [name for name in tables.names(table) if name != settings.label]
     if settings.features is not None:
         features = list(settings.features)
@@ -392,6 +410,10 @@ def _same_length(x: np.ndarray, y: np.ndarray) -> None:
         raise DatasetError(f"there are {len(x)} rows of features and {len(y)} labels: give one label per row.")
 
 
+def _about(pixels: np.ndarray) -> dict[str, Any]:
+    return {"image_size": f"{pixels.shape[1]}x{pixels.shape[2]}", "channels": pixels.shape[3]}
+
+
 def _pixels(settings: FinetuneSettings, paths: Sequence[pathlib.Path]) -> np.ndarray:
     with _bar("reading images") as progress:
         return images.read_images(paths, size=settings.image_size, channels=settings.channels, progress=progress)
@@ -412,7 +434,8 @@ def _from_scratch(settings: FinetuneSettings, rows: _Rows, folder: pathlib.Path)
     """A new model, or the one that the run began with."""
     import tensorflow as tf
 
-    rows = rows.with_inputs(_centred) if rows.are_pixels else rows
+    if rows.are_pixels:
+        rows = dataclasses.replace(rows.with_inputs(_centred), schema={**rows.schema, _PIXELS: _CENTRED})
     start = folder / "start.keras"
     if settings.resume:
         if not start.exists():
@@ -430,7 +453,28 @@ def _pretrained(settings: FinetuneSettings, rows: _Rows) -> tuple[Any, _Rows]:
     """A model with weights, and the rows as it reads them."""
     from tfprivacy_ft import weights
 
-    raise NotImplementedError(weights)
+    if not rows.are_pixels:
+        return weights.load_backbone(settings.model, input_shape=rows.x.shape[1:]), rows
+    colours = (*rows.x.shape[1:3], 3) if settings.is_named else rows.x.shape[1:]  # those by name know no other images
+    model = weights.load_backbone(settings.model, input_shape=colours)
+    channels = model.input_shape[-1]
+    rows = rows.with_inputs(lambda pixels: images.fitted(pixels, channels=channels))
+    scale, said = _scaling_of(settings.model) if settings.is_named else (_centred, _CENTRED)
+    return model, dataclasses.replace(rows.with_inputs(scale), schema={**rows.schema, _PIXELS: said})
+
+
+def _scaling_of(name: str) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
+    """What a pretrained network reads of pixels 0 .. 255, and that in words."""
+    from tfprivacy_ft.keras_compat import keras
+
+    if name == "squeezenet":
+        caffe = functools.partial(keras.applications.imagenet_utils.preprocess_input, mode="caffe")
+        return caffe, "keras.applications.imagenet_utils.preprocess_input(pixels, mode='caffe')"
+    for module_name in dir(keras.applications):
+        module = getattr(keras.applications, module_name)
+        if hasattr(module, name) and hasattr(module, "preprocess_input"):
+            return module.preprocess_input, f"keras.applications.{module_name}.preprocess_input(pixels)"
+    return _centred, _CENTRED
 
 
 def _centred(pixels: np.ndarray) -> np.ndarray:
@@ -462,7 +506,16 @@ def _read_schema(path: str) -> dict[str, Any]:
         raise DatasetError(f"schema={path!r} cannot be read ({error.strerror}): give a file that can.") from error
     except ValueError as error:
         raise DatasetError(f"schema={path!r} is no JSON ({error}): correct it.") from error
-    kinds = {"label": str, "classes": int | list, "features": list, "image_column": str}
+    kinds = {
+        "label": str,
+        "classes": int | list,
+        "features": list,
+        "image_column": str,
+        "image_size": str,
+        "channels": int,
+    }
+    if isinstance(listed, dict):
+        listed.pop(_PIXELS, None)
     if not isinstance(listed, dict) or not set(listed) <= set(_SCHEMA):
         raise InvalidArgumentError(
             f"schema={path!r} is not allowed: give a JSON object with any of {', '.join(_SCHEMA)}."

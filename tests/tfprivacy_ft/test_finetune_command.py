@@ -142,9 +142,7 @@ def test_a_schema_file_says_what_options_say(tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize(
-    "names", ["x y x_test y_test", "train_images train_labels test_images test_labels"]
-)
+@pytest.mark.parametrize("names", ["x y x_test y_test", "train_images train_labels test_images test_labels"])
 def test_arrays_are_found_by_their_usual_names(names, tmp_path):
     images, labels = RNG.integers(0, 256, (9, 4, 5), dtype=np.uint8), np.arange(9)[:, np.newaxis] % 3
     np.savez(tmp_path / "images.npz", **dict(zip(names.split(), (images, labels, images[:4], labels[:4]), strict=True)))
@@ -159,7 +157,7 @@ def test_images_come_from_sub_folders_or_by_a_column_of_names(tmp_path):
     for name in ("cat/1.png", "cat/2.png", "dog/1.png"):
         write_image(tmp_path / "images" / name, (4, 4, 3))
     rows = read(tmp_path / "images")
-    assert rows.y.tolist() == [0, 0, 1] and rows.schema == {"classes": ["cat", "dog"]}
+    assert rows.y.tolist() == [0, 0, 1] and rows.schema == {"classes": ["cat", "dog"], "image_size": "4x4", "channels": 3}
     listed = {"path": np.array(["images/dog/1.png", "images/cat/2.png"]), "kind": np.array(["dog", "cat"])}
     by_name = read(write(tmp_path, listed), label="kind", classes=["cat", "dog"], image_column="path")
     assert by_name.y.tolist() == [1, 0]
