@@ -174,7 +174,7 @@ def _add_finetune(commands: Any) -> None:
     training("--l2-norm-clip", metavar="NORM", type=float, help="of one example's gradient")
     privacy = parser.add_argument_group("privacy and run").add_argument
     privacy("--target-epsilon", type=float, required=True, help="of one row, > 0; the noise is solved for")
-    privacy("--delta", type=float, help="in (0, 1), well below 1 / rows (default: 1e-5, or 0.1 / rows if that is less)")
+    privacy("--delta", type=float, help="in (0, 1), well below 1 / rows (default: 1e-5, or less for many rows)")
     privacy(
         "--examples-per-user", metavar="K", type=int, help="the most rows of one person, who is then protected with all"
     )

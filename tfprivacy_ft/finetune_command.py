@@ -8,6 +8,7 @@ the model, so that later rows can; every run has a folder of its own, which says
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 from tfprivacy_ft import _check, data_files, datasets, images, models, run_folder, tables
 from tfprivacy_ft.data_files import Rows, Schema
 from tfprivacy_ft.encoding import Encoding, parse_categories
-from tfprivacy_ft.errors import InvalidArgumentError
+from tfprivacy_ft.errors import CheckpointError, InvalidArgumentError
 from tfprivacy_ft.finetune import recipes
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class FinetuneSettings:
         model: Name of a pretrained backbone, such as `"squeezenet"`; a path of a Keras model; or a name that
             `models.build_model` knows, which starts from random weights.
         target_epsilon: Of one example, or of one person with `examples_per_user`; > 0.
-        delta: In (0, 1), well below 1 / rows; None for the smaller of 1e-5 and a tenth of 1 / rows.
+        delta: In (0, 1), well below 1 / rows; None for 1e-5, or the power of ten below a tenth of 1 / rows if that is less.
         recipe: A name that `finetune.recipes.find` knows; None for `"head"`, with random weights for `"full"`.
         schema: What is said of the data.
         held_out: Share of the rows to measure on and not to train on, in [0, 1); their figures are releases without noise.
@@ -197,7 +198,7 @@ def run_finetune(settings: FinetuneSettings) -> "FineTuned":
     with folder.recording():  # what goes wrong before the training; from there on `finetune` records it
         rows = _read(settings)
         model, rows = _from_scratch(settings, rows, path) if settings.from_scratch else _pretrained(settings, rows)
-    recipe, delta = settings.chosen_recipe(), min(1e-5, 0.1 / len(rows.x)) if settings.delta is None else settings.delta
+    recipe, delta = settings.chosen_recipe(), settings.delta or _usual_delta(len(rows.x))
     sys.stdout.write(f"{_announced(settings, rows, recipe.name, delta)}\nEverything goes to {path}\n\n")
     result = finetune(
         model,
@@ -215,8 +216,14 @@ def run_finetune(settings: FinetuneSettings) -> "FineTuned":
         examples_per_user=settings.examples_per_user,
         verbose=1 if sys.stdout.isatty() else 2,
     )
-    _leave(result, rows.schema, path)
+    with RunFolder(path, resume=True).recording():
+        _leave(result, rows.schema, path)
     return result
+
+
+def _usual_delta(num_examples: int) -> float:
+    """1e-5, or the power of ten below a tenth of 1 / rows if that is less."""
+    return min(1e-5, 10.0 ** math.floor(math.log10(0.1 / num_examples)))
 
 
 def _announced(settings: FinetuneSettings, rows: Rows, recipe: str, delta: float) -> str:
@@ -230,12 +237,18 @@ def _announced(settings: FinetuneSettings, rows: Rows, recipe: str, delta: float
 
 def _leave(result: "FineTuned", schema: Schema, path: pathlib.Path) -> None:
     """Writes what the run gave into its folder, and says it."""
-    result.save(path / "model.keras")
-    # result.write_card(path)
-    if said := schema.to_json():
-        (path / "schema.json").write_text(f"{json.dumps(said, indent=1)}\n", encoding="utf-8")
-    (path / "report.txt").write_text(f"{result.report}\n", encoding="utf-8")
-    (path / "report.json").write_text(f"{result.report.to_json()}\n", encoding="utf-8")
+    try:
+        result.save(path / "model.keras")
+        # result.write_card(path)
+        if said := schema.to_json():
+            (path / "schema.json").write_text(f"{json.dumps(said, indent=1)}\n", encoding="utf-8")
+        (path / "report.txt").write_text(f"{result.report}\n", encoding="utf-8")
+        (path / "report.json").write_text(f"{result.report.to_json()}\n", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(
+            f"run_dir={str(path)!r} cannot be written ({error}): make room there, and give the same words with resume=True, "
+            "which trains nothing twice."
+        ) from error
     sys.stdout.write(f"\n{result.report}\n")
     if result.figures:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in result.figures.items())
@@ -267,13 +280,14 @@ def _bundled(settings: FinetuneSettings) -> Rows:
 
 @contextmanager
 def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, which appears once there is progress."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(text, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(text, total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
 def _from_scratch(settings: FinetuneSettings, rows: Rows, folder: pathlib.Path) -> tuple[Any, Rows]:
