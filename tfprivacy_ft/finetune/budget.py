@@ -66,13 +66,16 @@ def plan(
       stage, num_examples, target_epsilon, delta, examples_per_user: as in `solve`.
       noise_multiplier: what `solve` gave for this stage.
     """
+    batch_size = _size(stage.batch_size)
     return PrivacyPlan(
         num_examples=num_examples,
-        batch_size=_size(stage.batch_size),
+        batch_size=batch_size,
         epochs=_size(stage.epochs),
         delta=delta,
         noise_multiplier=noise_multiplier,
         target_epsilon=target_epsilon,
+        # Checkpoints come by epochs, so whoever goes on after a crash loses at most what one of them spent, and no more.
+        steps_per_block=math.ceil(num_examples / batch_size),
         rows_per_example=stage.augmentations,
         examples_per_user=examples_per_user,
     )

@@ -231,10 +231,19 @@ def stages_of(recipe: AnyRecipe, *, num_examples: int, target_epsilon: float) ->
       >>> stages_of(Full(epochs=3), num_examples=10_000, target_epsilon=3.0)[0].batch_size
       800
     """
+    return tuple(_filled(stage, num_examples, target_epsilon) for stage in parts_of(recipe))
+
+
+def parts_of(recipe: AnyRecipe) -> tuple[Recipe, ...]:
+    """The stages of a recipe as they were given; none for `ZeroShot`.
+
+    Example:
+      >>> parts_of(Head()) == (Head(),)
+      True
+    """
     if isinstance(recipe, ZeroShot):
         return ()
-    stages = recipe.stages if isinstance(recipe, Staged) else (recipe,)
-    return tuple(_filled(stage, num_examples, target_epsilon) for stage in stages)
+    return recipe.stages if isinstance(recipe, Staged) else (recipe,)
 
 
 def describe(recipe: AnyRecipe) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from tfprivacy_ft.compute_epsilon import Report
 from tfprivacy_ft.finetune.recipes import AnyRecipe
+from tfprivacy_ft.groups import Groups
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,3 +42,28 @@ class FineTuned:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the model where `tf.keras.models.load_model` finds it: a .keras or .h5 file."""
         self.model.save(os.fspath(path))
+
+    def write_card(
+        self, folder: str | os.PathLike[str], *, groups: Groups | None = None
+    ) -> tuple[pathlib.Path, pathlib.Path]:
+        """Writes the model's card, Markdown and JSON: data, recipe, epsilon, figures, and what these leave out.
+
+        Args:
+          folder: where `card.md` and `card.json` go.
+          groups: figures by class and group, from `tfprivacy_ft.groups.figures_by_group`.
+
+        Returns:
+          The paths of both.
+        """
+        from tfprivacy_ft.finetune.card import write_card
+
+        return write_card(
+            folder,
+            report=self.report,
+            recipe=self.facts["stages"] or self.recipe.name,
+            data=self.facts["data"],
+            figures=self.figures,
+            model=self.model,
+            public_data=self.facts["public_data"] or None,
+            groups=groups,
+        )

@@ -24,6 +24,7 @@ from tfprivacy_ft.finetune.recipes import AnyRecipe, Recipe
 from tfprivacy_ft.finetune.result import FineTuned
 from tfprivacy_ft.keras_compat import keras
 from tfprivacy_ft.ledger import Ledger, software
+from tfprivacy_ft.overlap import warn_of_shared_rows
 from tfprivacy_ft.plan import PrivacyPlan
 from tfprivacy_ft.weight_averaging import WeightAveraging
 
@@ -113,17 +114,20 @@ def finetune(
     folder = RunFolder(run_dir, resume=resume)
     with folder.recording():
         classifier = _classifier(model, found, num_classes, loss, fix_batchnorm)
+        _refuse_untrainable(found, classifier)
         private = _examples(x, y, classifier, loss, "x, y", several=not isinstance(found, recipes.ZeroShot))
         validation = None
         if validation_data is not None:
-            validation = _examples(*_pair(validation_data), classifier, loss, "validation_data", several=False)
+            validation = _examples(
+                *_pair(validation_data, "validation_data"), classifier, loss, "validation_data", several=False
+            )
         run = _Run(folder, found, classifier, private, validation, _loss(loss, classifier), verbose)
         run.begin(
             num_new_weights=len(classifier.head.get_weights()) if num_classes is not None else 0,
             target_epsilon=float(target_epsilon),
             delta=float(delta),
             examples_per_user=examples_per_user,
-            public_data=_described(public_data),
+            public_data=_described(public_data, private),
         )
         return run.go(stages, is_classifier=loss is None)
 
@@ -222,42 +226,57 @@ class _Run:
             self._history = checkpoint.history
         last = len(self._stages) if stages is None else min(len(self._stages), done + stages)
         while done < last:
-            try:
-                self._run_stage(done, ledger, checkpoint if checkpoint and checkpoint.stage == done else None)
-            except BudgetExceededError as error:
-                if not self._history:
-                    raise
-                _log.warning("stage %d of %d did not run: %s", done + 1, len(self._stages), error)
+            ran = self._run_stage(done, ledger, checkpoint if checkpoint and checkpoint.stage == done else None)
+            if not ran:
                 break
             self._folder.save_stage(done, self._classifier.model, self._untouched)
             done += 1
         return done
 
-    def _run_stage(self, number: int, ledger: Ledger, checkpoint: Checkpoint | None) -> None:
+    def _run_stage(self, number: int, ledger: Ledger, checkpoint: Checkpoint | None) -> bool:
+        """Trains one stage, from the checkpoint if there is one; False if the budget had no room for a step of it.
+
+        Raises:
+          BudgetExceededError: there was no room for the first step of all.
+        """
         recipe, plan = self._stages[number], self._plans[number]
         plan.continue_ledger(ledger)
         stage = stage_makers.prepare(recipe, self._classifier)
         stage.model.compile(_optimizer(recipe, plan), loss=self._loss, metrics=["accuracy"], jit_compile=False)
         average = None if recipe.average_weights is None else WeightAveraging(recipe.average_weights)
+        epochs_done = 0
         if checkpoint is not None:
             _restore(stage.model, average, checkpoint)
-        epochs_done = 0 if checkpoint is None else checkpoint.epoch
-        if epochs_done < plan.epochs:
-            validation = self._validation
-            every_epoch = _EveryEpoch(self._folder, ledger, self._history, number, recipe, average)
-            stage.model.fit(
-                stage.batches(plan, self._private),
-                epochs=plan.epochs,
-                initial_epoch=epochs_done,
-                validation_data=None if validation is None else (stage.inputs(validation.x), validation.y),
-                callbacks=[*plan.callbacks(), *([] if average is None else [average]), every_epoch],
-                shuffle=False,  # Poisson batches are drawn already
-                verbose=self._verbose,
-            )
+            epochs_done = checkpoint.epoch
+        try:
+            if epochs_done < plan.epochs:
+                every_epoch = _EveryEpoch(self._folder, ledger, self._history, number, recipe, average)
+                self._fit(stage, plan, epochs_done, [*([] if average is None else [average]), every_epoch])
+            elif average is not None:  # killed between the last epoch and the end of the stage
+                _assign_average(stage.model, checkpoint)
+        except BudgetExceededError as error:
+            if not self._history:
+                raise
+            _log.warning("stage %d of %d stopped: %s", number + 1, len(self._stages), error)
+            if average is not None:
+                _assign_average(stage.model, checkpoint)
+            return epochs_done > 0
+        finally:
             plan.settle()
-        elif checkpoint is not None and checkpoint.average:  # killed between the last epoch and the end of the stage
-            _assign(stage.model.trainable_variables, [checkpoint.average[name] for name in _averages(checkpoint)])
-        self._classifier = stage.finish()
+            self._classifier = stage.finish()
+        return True
+
+    def _fit(self, stage: stage_makers.Stage, plan: PrivacyPlan, epochs_done: int, callbacks: list[Any]) -> None:
+        validation = self._validation
+        stage.model.fit(
+            stage.batches(plan, self._private),
+            epochs=plan.epochs,
+            initial_epoch=epochs_done,
+            validation_data=None if validation is None else (stage.inputs(validation.x), validation.y),
+            callbacks=[*plan.callbacks(), *callbacks],
+            shuffle=False,  # Poisson batches are drawn already
+            verbose=self._verbose,
+        )
 
 
 class _EveryEpoch(keras.callbacks.Callback):
@@ -315,8 +334,19 @@ def _assign(variables: list[Any], values: list[np.ndarray]) -> None:
         variable.assign(value)
 
 
-def _averages(checkpoint: Checkpoint) -> list[str]:
-    return [f"average_{i}" for i in range(len(checkpoint.weights))]
+def _assign_average(model: Any, checkpoint: Checkpoint | None) -> None:
+    """Gives the model the average of its weights, if there is one, as the end of a `fit` would have."""
+    if checkpoint is not None:
+        _assign(model.trainable_variables, [checkpoint.average[f"average_{i}"] for i in range(len(checkpoint.weights))])
+
+
+def _refuse_untrainable(recipe: AnyRecipe, classifier: Classifier) -> None:
+    """Finds out before the first step whether every stage can be trained: a later one would come too late to say no."""
+    flags = backbones.trainable_flags(classifier.model)
+    for stage in recipes.parts_of(recipe):
+        _optimizer_class(stage)
+        stage_makers.prepare(stage, classifier)
+        backbones.set_trainable_flags(classifier.model, flags)
 
 
 def _classifier(
@@ -328,8 +358,8 @@ def _classifier(
         model = fix(backbones.copy_of(model), fix_batchnorm)
     if num_classes is None:
         return backbones.with_own_head(model, probabilities=loss is None)
-    parts = recipe.stages if isinstance(recipe, recipes.Staged) else (recipe,)
-    hidden_units = next((part.hidden_units for part in parts if isinstance(part, recipes.Head)), ())
+    heads = [part for part in recipes.parts_of(recipe) if isinstance(part, recipes.Head)]
+    hidden_units = heads[0].hidden_units if heads else ()
     return backbones.with_new_head(model, num_classes, hidden_units)
 
 
@@ -345,9 +375,9 @@ def _examples(x: Any, y: Any, classifier: Classifier, loss: Any, name: str, *, s
     return inputs.labelled(examples, max(classifier.outputs, 2), several=several, name=name)
 
 
-def _pair(data: Any) -> tuple[Any, Any]:
+def _pair(data: Any, name: str) -> tuple[Any, Any]:
     if not isinstance(data, tuple | list) or len(data) != 2:
-        raise InvalidArgumentError("validation_data is not a pair of arrays: give (x, y).")
+        raise InvalidArgumentError(f"{name} is not a pair of arrays: give (x, y).")
     return data[0], data[1]
 
 
@@ -360,15 +390,18 @@ def _loss(loss: Any, classifier: Classifier) -> Any:
 def _optimizer(recipe: Recipe, plan: PrivacyPlan) -> Any:
     settings: dict[str, Any] = {"learning_rate": recipe.learning_rate, "clipping": recipe.clipping}
     if recipe.optimizer is None:
-        return plan.optimizer(keras.optimizers.SGD, l2_norm_clip=recipe.l2_norm_clip, momentum=_MOMENTUM, **settings)
-    made = recipe.optimizer
-    if isinstance(made, str):
-        made = getattr(keras.optimizers, made, None) or made
-    if not isinstance(made, type):
+        settings["momentum"] = _MOMENTUM
+    return plan.optimizer(_optimizer_class(recipe), l2_norm_clip=recipe.l2_norm_clip, **settings)
+
+
+def _optimizer_class(recipe: Recipe) -> type:
+    given = recipe.optimizer or "SGD"
+    made = getattr(keras.optimizers, given, None) if isinstance(given, str) else given
+    if not (isinstance(made, type) and issubclass(made, keras.optimizers.Optimizer)):
         raise InvalidArgumentError(
-            f"optimizer={recipe.optimizer!r} is not allowed: give a Keras optimizer class, or its name, such as 'Adam'."
+            f"optimizer={given!r} is not allowed: give a Keras optimizer class, or its name, such as 'Adam'."
         )
-    return plan.optimizer(made, l2_norm_clip=recipe.l2_norm_clip, **settings)
+    return made
 
 
 def _figures(model: Any, examples: Examples, loss: Any, is_classifier: bool) -> dict[str, float]:
@@ -392,11 +425,13 @@ def _describe(stage: Recipe, plan: PrivacyPlan) -> dict[str, Any]:
     return {**recipes.describe(stage), "noise_multiplier": plan.noise_multiplier, "steps": plan.steps}
 
 
-def _described(public_data: Any) -> dict[str, Any]:
-    """Shapes of the public data, by name."""
+def _described(public_data: Any, private: Examples) -> dict[str, Any]:
+    """Shapes of the public data, by name; warns where the private rows are among them."""
     if public_data is None:
         return {}
     named = public_data if isinstance(public_data, dict) else {"public data": public_data}
+    for name, pair in named.items():
+        warn_of_shared_rows(name, _pair(pair, f"public_data[{name!r}]")[0], private.x)
     return {
         name: [[list(np.shape(part)) for part in tf.nest.flatten(array)] for array in pair]
         for name, pair in named.items()
