@@ -121,8 +121,9 @@ def _add_finetune(commands: Any) -> None:
     text = "a model, pretrained or new, on a file or a folder of images, with differential privacy"
     epilog = (
         "Nothing that shapes model and inputs is read off the rows: classes, categories, bounds and the size of images are "
-        "given. FILE.json of --schema has any of label, classes, features, image_column, bounds, categories, text and "
-        "text_features; one is left beside the model, for later rows."
+        "given. Pixels are scaled as a model by name reads them, and to -1 .. 1 for all others. FILE.json of --schema has any "
+        "of label, classes, features, image_column, image_size, channels, bounds, categories, text and text_features; one is "
+        "left beside the model, for later rows."
     )
     parser = commands.add_parser(
         "finetune", help=text, description=f"Trains {text}.", epilog=epilog, allow_abbrev=False

@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FinetuneSettings", "run_finetune"]
 
-_PRETRAINED = ("squeezenet",)
+_PRETRAINED = ("squeezenet",)  # architectures that `build_model` knows, too, and that come with weights here
+_SQUEEZENET_LAYERS = {"fire2_squeeze1x1", "fire9_expand3x3"}
 _CENTRED = "pixels / 127.5 - 1"
 _FOLDERS = "runs/finetune"
 
@@ -89,6 +90,10 @@ class FinetuneSettings:
             _check.open_unit_interval(held_out=self.held_out)
         if self.stages is not None:
             _check.positive_integer(stages=self.stages)
+        if self.keep_head and (self.from_scratch or self.is_named):
+            raise InvalidArgumentError(
+                f"keep_head=True is not allowed with model={self.model!r}, which has no head of these classes: leave it out."
+            )
         if self.resume and self.run_dir is None:
             raise InvalidArgumentError(
                 "resume=True is not allowed without run_dir: give the folder of the run to go on with."
@@ -131,19 +136,22 @@ class FinetuneSettings:
     def chosen_recipe(self) -> Any:
         """The recipe, with what was chosen for its stages."""
         recipe = recipes.find(self.recipe or ("full" if self.from_scratch else "head"))
-        names = ("epochs", "batch_size", "learning_rate", "l2_norm_clip")
-        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if isinstance(recipe, recipes.ZeroShot):
-            if changes:
-                raise InvalidArgumentError(f"{_as_options(list(changes))} are for training, and zero_shot has none.")
-            return recipe
-        if isinstance(recipe, recipes.Staged):
-            return recipes.Staged(tuple(dataclasses.replace(stage, **changes) for stage in recipe.stages))
         if self.from_scratch and not isinstance(recipe, recipes.Full):
             raise InvalidArgumentError(
                 f"recipe={self.recipe!r} is not allowed with model={self.model!r}, which starts from random weights: give "
                 "recipe=full, or a pretrained model."
             )
+        names = ("epochs", "batch_size", "learning_rate", "l2_norm_clip")
+        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if isinstance(recipe, recipes.ZeroShot):
+            if changes or not self.keep_head:
+                raise InvalidArgumentError(
+                    f"recipe={self.recipe!r} trains nothing: give keep_head=True with a classifier of these classes, and "
+                    f"leave out {_as_options(names)}."
+                )
+            return recipe
+        if isinstance(recipe, recipes.Staged):
+            return recipes.Staged(tuple(dataclasses.replace(stage, **changes) for stage in recipe.stages))
         return dataclasses.replace(recipe, **changes)
 
     @property
@@ -313,14 +321,28 @@ def _pretrained(settings: FinetuneSettings, rows: Rows) -> tuple[Any, Rows]:
     """A model with weights, and the rows as it reads them."""
     from tfprivacy_ft import weights
 
+    shape = rows.x.shape[1:]
     if not rows.are_pixels:
-        return weights.load_backbone(settings.model, input_shape=rows.x.shape[1:]), rows
-    colours = (*rows.x.shape[1:3], 3) if settings.is_named else rows.x.shape[1:]  # those by name know no other images
-    model = weights.load_backbone(settings.model, input_shape=colours)
-    channels = model.input_shape[-1]
-    rows = rows.with_inputs(lambda pixels: images.fitted(pixels, channels=channels))
-    scale, said = _scaling_of(settings.model) if settings.is_named else (_centred, _CENTRED)
-    return model, _scaled(rows, scale, said)
+        return weights.load_backbone(settings.model, input_shape=shape), rows
+    # Those by name take colours; what is at a path says itself what it takes.
+    model = weights.load_backbone(settings.model, input_shape=(*shape[:2], 3) if settings.is_named else None)
+    rows = rows.with_inputs(lambda pixels: images.fitted(pixels, channels=model.input_shape[-1]))
+    return model, _scaled(rows, *_scaling_of(settings.model, model))
+
+
+def _scaling_of(name: str, model: Any) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
+    """What a pretrained network reads of pixels 0 .. 255, and that in words."""
+    from tfprivacy_ft.keras_compat import keras
+
+    is_squeezenet = {layer.name for layer in model.layers} >= _SQUEEZENET_LAYERS  # by name, by its file, or fine-tuned
+    if is_squeezenet:
+        caffe = functools.partial(keras.applications.imagenet_utils.preprocess_input, mode="caffe")
+        return caffe, "keras.applications.imagenet_utils.preprocess_input(pixels, mode='caffe')"
+    for module_name in dir(keras.applications):
+        module = getattr(keras.applications, module_name)
+        if hasattr(module, name) and hasattr(module, "preprocess_input"):
+            return module.preprocess_input, f"keras.applications.{module_name}.preprocess_input(pixels)"
+    return _centred, _CENTRED
 
 
 def _scaled(rows: Rows, scale: Callable[[np.ndarray], np.ndarray], said: str) -> Rows:
@@ -356,5 +378,5 @@ def _classes(words: Sequence[str] | None) -> int | list[str] | None:
     return int(words[0])
 
 
-def _as_options(names: Sequence[str]) -> str:
+def _as_options(names: Iterable[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in names)
