@@ -23,6 +23,7 @@ from tfprivacy_ft.data_files import Rows, Schema
 from tfprivacy_ft.encoding import Encoding, parse_categories
 from tfprivacy_ft.errors import CheckpointError, InvalidArgumentError
 from tfprivacy_ft.finetune import recipes
+from tfprivacy_ft.groups import figures_by_group
 
 if TYPE_CHECKING:
     from tfprivacy_ft.finetune import FineTuned
@@ -225,7 +226,7 @@ def run_finetune(settings: FinetuneSettings) -> "FineTuned":
         verbose=1 if sys.stdout.isatty() else 2,
     )
     with RunFolder(path, resume=True).recording():
-        _leave(result, rows.schema, path)
+        _leave(result, rows, path)
     return result
 
 
@@ -243,12 +244,13 @@ def _announced(settings: FinetuneSettings, rows: Rows, recipe: str, delta: float
     )
 
 
-def _leave(result: "FineTuned", schema: Schema, path: pathlib.Path) -> None:
+def _leave(result: "FineTuned", rows: Rows, path: pathlib.Path) -> None:
     """Writes what the run gave into its folder, and says it."""
+    groups = None if rows.test is None else figures_by_group(result.model, *rows.test)
     try:
         result.save(path / "model.keras")
-        # result.write_card(path)
-        if said := schema.to_json():
+        result.write_card(path, groups=groups)
+        if said := rows.schema.to_json():
             (path / "schema.json").write_text(f"{json.dumps(said, indent=1)}\n", encoding="utf-8")
         (path / "report.txt").write_text(f"{result.report}\n", encoding="utf-8")
         (path / "report.json").write_text(f"{result.report.to_json()}\n", encoding="utf-8")

@@ -165,6 +165,7 @@ def test_a_run_leaves_ledger_report_card_and_model(table_run):
     assert json.loads((folder / "report.json").read_text())["accounts"][0]["epsilon"] == pytest.approx(epsilon)
     assert (folder / "report.txt").read_text().strip() in printed
     assert json.loads((folder / "run.json").read_text())["state"] == "finished"
+    assert json.loads((folder / "card.json").read_text()) and "class 1" in (folder / "card.md").read_text()
     assert "150 rows of 35 numbers, 2 classes" in printed and "Held out, without noise: " in printed
     assert str(folder) in printed and "val_accuracy" in printed and "epsilon" in printed
 
