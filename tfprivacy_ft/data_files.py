@@ -76,8 +76,9 @@ class Schema:
 
     def to_json(self) -> dict[str, Any]:
         """What is said, as values that JSON has."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        known = values.pop("encoding").to_json() if self.encoding != Encoding() else {}
+        names = [field.name for field in dataclasses.fields(self) if field.name != "encoding"]
+        values = {name: getattr(self, name) for name in names}
+        known = self.encoding.to_json() if self.encoding != Encoding() else {}
         if self.image_size is not None:
             values["image_size"] = f"{self.image_size[0]}x{self.image_size[1]}"
         for name in ("classes", "features"):

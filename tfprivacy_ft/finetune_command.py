@@ -351,20 +351,6 @@ def _scaled(rows: Rows, scale: Callable[[np.ndarray], np.ndarray], said: str) ->
     return dataclasses.replace(rows.with_inputs(scale), schema=dataclasses.replace(rows.schema, pixels=said))
 
 
-def _scaling_of(name: str) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
-    """What a pretrained network reads of pixels 0 .. 255, and that in words."""
-    from tfprivacy_ft.keras_compat import keras
-
-    if name == "squeezenet":
-        caffe = functools.partial(keras.applications.imagenet_utils.preprocess_input, mode="caffe")
-        return caffe, "keras.applications.imagenet_utils.preprocess_input(pixels, mode='caffe')"
-    for module_name in dir(keras.applications):
-        module = getattr(keras.applications, module_name)
-        if hasattr(module, name) and hasattr(module, "preprocess_input"):
-            return module.preprocess_input, f"keras.applications.{module_name}.preprocess_input(pixels)"
-    return _centred, _CENTRED
-
-
 def _centred(pixels: np.ndarray) -> np.ndarray:
     """0 .. 255 to -1 .. 1, in float32 throughout."""
     return pixels / np.float32(127.5) - np.float32(1)

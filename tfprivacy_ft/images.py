@@ -18,6 +18,7 @@ __all__ = ["class_folders", "fitted", "read_images"]
 
 # What red, green and blue give to grey, as in ITU-R BT.601, which JPEG and TensorFlow use, too.
 _LUMA = np.array([[0.299], [0.587], [0.114]], np.float32)
+_AT_ONCE = 256
 _ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
 
 
@@ -129,10 +130,8 @@ def fitted(pixels: np.ndarray, *, size: tuple[int, int] | None = None, channels:
     """
     _check_target(size, channels)
     if size is not None and pixels.shape[1:3] != tuple(size):
-        scaled = np.empty((len(pixels), *size, pixels.shape[3]), np.uint8)
-        for row, image in enumerate(pixels):
-            scaled[row] = _resize(image, size)
-        pixels = scaled
+        parts = [_resize(pixels[row : row + _AT_ONCE], size) for row in range(0, len(pixels), _AT_ONCE)]
+        pixels = np.concatenate(parts) if parts else np.empty((0, *size, pixels.shape[3]), np.uint8)
     if channels == 1 and pixels.shape[3] == 3:
         pixels = np.rint(pixels @ _LUMA).astype(np.uint8)
     if channels == 3 and pixels.shape[3] == 1:
@@ -169,6 +168,7 @@ def _decode(path: pathlib.Path, channels: int | None) -> np.ndarray:
 
 
 def _resize(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """One image, or several of one size."""
     import tensorflow as tf
 
     scaled = tf.image.resize(image, size, method="bilinear", antialias=True).numpy()

@@ -47,6 +47,7 @@ def test_images_come_from_sub_folders_or_by_a_column_of_names(tmp_path):
     rows = read(tmp_path / "images", Schema())
     assert rows.y.tolist() == [0, 0, 1]
     assert rows.schema == Schema(classes=("cat", "dog"), image_size=(4, 4), channels=3)
+    assert Schema.from_json(json.loads(json.dumps(rows.schema.to_json()))) == rows.schema
     path = write(tmp_path, path=["images/dog/1.png", "images/cat/2.png"], kind=["dog", "cat"])
     by_name = read(path, Schema(label="kind", classes=("cat", "dog"), image_column="path"))
     assert by_name.y.tolist() == [1, 0]

@@ -1,16 +1,17 @@
 """`tfprivacy-ft finetune`: what it refuses, what it reads, and what it leaves behind."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfprivacy_ft import ledger
+from tfprivacy_ft import ledger, models
 from tfprivacy_ft.cli import main
 from tfprivacy_ft.compute_epsilon import compute_epsilon
 from tfprivacy_ft.encoding import Encoding
-from tfprivacy_ft.finetune_command import FinetuneSettings, _read
+from tfprivacy_ft.finetune_command import FinetuneSettings, _pretrained, _read
 
 RNG = np.random.default_rng(0)
 ROWS = 200
@@ -194,3 +195,42 @@ def test_a_numbered_folder_is_made_where_none_is_given(tmp_path, monkeypatch, ca
     for number in ("001", "002"):
         refused(words("none.npz", None), capsys)
         assert json.loads((tmp_path / "runs/finetune" / number / "run.json").read_text())["state"] == "failed"
+
+
+def test_stages_are_handed_over_and_a_network_at_a_path_gets_a_new_head(tmp_path, capsys):
+    """A folder of images, whose run goes on after its first stage with the same words and --resume."""
+    for number in range(40):
+        path = tmp_path / "images" / ("dark", "light")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = RNG.integers(0, 128, (8, 8, 1)) + 128 * (number % 2)
+        path.write_bytes(tf.io.encode_png(pixels.astype(np.uint8)).numpy())
+    models.build_model("cnn", (8, 8, 1), 4).save(tmp_path / "network.keras")
+    given = words(
+        tmp_path / "images", tmp_path / "run", **NOTHING_KNOWN, model=tmp_path / "network.keras", recipe="light",
+        epochs=1, batch_size=40, delta=1e-3, channels=1,
+    )  # fmt: skip
+    assert main([*given, "--stages", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "40 rows of 8x8x1 numbers, 2 classes" in out and "Stages are left: go on with --resume" in out
+    after_one = compute_epsilon(tmp_path / "run").epsilon
+    assert main([*given, "--resume"]) == 0
+    assert "Stages are left" not in capsys.readouterr().out
+    assert after_one < compute_epsilon(tmp_path / "run").epsilon <= 3
+    schema = json.loads((tmp_path / "run" / "schema.json").read_text())
+    assert schema == {"classes": ["dark", "light"], "image_size": "8x8", "channels": 1, "pixels": "pixels / 127.5 - 1"}
+    model = tf.keras.models.load_model(tmp_path / "run" / "model.keras", compile=False)
+    assert model.output_shape == (None, 1)
+    tuned = words(
+        tmp_path / "images", tmp_path / "zero", **NOTHING_KNOWN, model=tmp_path / "run" / "model.keras", keep_head=True,
+        recipe="zero_shot", channels=1, held_out=0.5,
+    )  # fmt: skip
+    assert main(tuned) == 0
+    assert "epsilon = 0" in capsys.readouterr().out and not ledger.read(tmp_path / "zero").events
+
+
+@pytest.mark.skipif("TFPRIVACY_FT_DATA" not in os.environ, reason="needs the folder TFPRIVACY_FT_DATA with squeezenet")
+def test_squeezenet_reads_pixels_as_it_was_trained_to(tmp_path):
+    settings = FinetuneSettings.from_options(data="digits", model="squeezenet", target_epsilon=1.0, image_size="32x32")
+    model, rows = _pretrained(settings, _read(settings))
+    assert model.output_shape == (None, 512) and rows.x.shape == (1437, 32, 32, 3)
+    assert rows.x[..., 0].min() == np.float32(-103.939) and "caffe" in rows.schema.pixels

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from tfprivacy_ft.errors import DatasetError, InvalidArgumentError
-from tfprivacy_ft.images import class_folders, read_images
+from tfprivacy_ft.images import class_folders, fitted, read_images
 
 RNG = np.random.default_rng(0)
 
@@ -81,3 +81,12 @@ def test_sub_folders_are_classes_in_the_order_given(tmp_path):
         class_folders(tmp_path)
     with pytest.raises(DatasetError, match="cannot be read"):
         class_folders(tmp_path / "none")
+
+
+def test_arrays_are_scaled_as_files_are(tmp_path):
+    pixels = np.stack([write_image(tmp_path / f"{number}.png", 8, 6) for number in range(2)])
+    from_files = read_images([tmp_path / "0.png", tmp_path / "1.png"], size=(5, 7))
+    np.testing.assert_array_equal(fitted(pixels, size=(5, 7)), from_files)
+    assert fitted(pixels[..., :1], channels=3).tolist() == np.repeat(pixels[..., :1], 3, axis=3).tolist()
+    grey = read_images([tmp_path / "0.png"], channels=1)
+    assert np.abs(fitted(pixels[:1], channels=1).astype(int) - grey).max() <= 1  # to rounding
