@@ -28,19 +28,23 @@ _HOMES = {
     "Adaptive": "moving_clip",
     "PrivacyPlan": "plan",
     "BestOf": "search",
+    "WeightAveraging": "weight_averaging",
     "poisson_batches": "sampling",
 }
 _MODULES = (
     "accounting",
     "audit",
+    "augmentation",
     "batch_norm",
     "clipping",
     "compute_epsilon",
     "datasets",
     "errors",
     "events",
+    "groups",
     "ledger",
     "models",
+    "overlap",
     "report",
     "weights",
 )
