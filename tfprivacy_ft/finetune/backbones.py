@@ -49,7 +49,7 @@ class Classifier:
 
 
 def copy_of(model: Any) -> Any:
-    """A copy that shares no weight with `model`, and has its values and its frozen layers.
+    """A functional copy that shares no weight with `model`, and has its values and its frozen layers.
 
     Raises:
       UnsupportedModelError: it is no functional or sequential model with known shapes, or Keras cannot copy a layer.
@@ -72,7 +72,8 @@ def copy_of(model: Any) -> Any:
             f"the model {model.name!r} cannot be copied ({error}): give each layer of your own a get_config with which Keras "
             "can make it again."
         ) from error
-    return copy
+    # On Keras 3 a sequential model has no one input and output.
+    return keras.Model(copy.inputs[0], copy.outputs[0]) if isinstance(copy, keras.Sequential) else copy
 
 
 def with_new_head(backbone: Any, num_classes: int, hidden_units: Sequence[int] = ()) -> Classifier:
