@@ -33,6 +33,7 @@ _HOMES = {
 _MODULES = (
     "accounting",
     "audit",
+    "batch_norm",
     "clipping",
     "compute_epsilon",
     "datasets",
@@ -41,6 +42,7 @@ _MODULES = (
     "ledger",
     "models",
     "report",
+    "weights",
 )
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
