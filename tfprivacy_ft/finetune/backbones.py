@@ -193,20 +193,6 @@ def set_trainable_flags(model: Any, flags: Sequence[bool]) -> None:
         layer.trainable = flag  # an outer layer comes before those in it, whose flags it sets, too
 
 
-def refuse_trainable_batch_norm(model: Any) -> None:
-    """Refuses a model in which a batch normalisation is trained: it mixes the examples of a batch.
-
-    Raises:
-      UnsupportedModelError: there is one; the text names it.
-    """
-    for layer in layers_inside(model):
-        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
-            raise UnsupportedModelError(
-                f"layer {layer.name!r} is a BatchNormalization that would be trained, which mixes the examples of a batch: give "
-                'fix_batchnorm="freeze" to keep its statistics, or "groupnorm" to replace it.'
-            )
-
-
 def _unused(model: Any, name: str) -> str:
     """The name, or one like it that no layer of `model` has."""
     taken = {layer.name for layer in model.layers}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfprivacy_ft import _check
+from tfprivacy_ft import _check, batch_norm
 from tfprivacy_ft.compute_epsilon import compute_epsilon
 from tfprivacy_ft.errors import BudgetExceededError, CheckpointError, InvalidArgumentError, UnsupportedModelError
 from tfprivacy_ft.finetune import backbones, budget, checkpoints, inputs, recipes
@@ -353,9 +353,7 @@ def _classifier(
     model: Any, recipe: AnyRecipe, num_classes: int | None, loss: Any, fix_batchnorm: str | None
 ) -> Classifier:
     if fix_batchnorm is not None:
-        from tfprivacy_ft.batch_norm import fix_batchnorm as fix
-
-        model = fix(backbones.copy_of(model), fix_batchnorm)
+        model = batch_norm.fix_batchnorm(model, fix_batchnorm)
     if num_classes is None:
         return backbones.with_own_head(model, probabilities=loss is None)
     heads = [part for part in recipes.parts_of(recipe) if isinstance(part, recipes.Head)]
