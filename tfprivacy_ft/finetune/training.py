@@ -30,8 +30,6 @@ from tfprivacy_ft.weight_averaging import WeightAveraging
 
 _log = logging.getLogger(__name__)
 
-_MOMENTUM = 0.9
-
 
 def finetune(
     model: Any,
@@ -164,23 +162,32 @@ class _Run:
         self._untouched = [digest(array) for array in weights[: len(weights) - num_new_weights]]
         shared: dict[str, Any] = {"num_examples": len(self._private), "target_epsilon": target_epsilon, "delta": delta}
         shared["examples_per_user"] = examples_per_user
-        settings = {
+        settings: dict[str, Any] = {
             "architecture": digest(np.asarray(str([array.shape for array in weights]))),
             "pretrained_weights": digest(np.asarray("".join(self._untouched))),
             "recipe": recipes.describe(self._recipe),
             **shared,
             "shape_of_examples": [part["shape"][1:] for part in self._private.shapes["x"]],
         }
-        self._stages = recipes.stages_of(self._recipe, num_examples=len(self._private), target_epsilon=target_epsilon)
+        stages = recipes.stages_of(self._recipe, num_examples=len(self._private))
         before = self._folder.facts
         if before.get("settings"):
             self._folder.refuse_another(settings)
             noise = [stage["noise_multiplier"] for stage in before["stages"]]
         else:
-            noise = list(budget.solve(self._stages, **shared)) if self._stages else []
-        self._plans = [budget.plan(stage, z, **shared) for stage, z in zip(self._stages, noise, strict=True)]
+            noise = list(budget.solve(stages, **shared)) if stages else []
+        rates: dict[str, Any] = {
+            "num_examples": len(self._private),
+            "target_epsilon": target_epsilon,
+            "unit_rows": num_new_weights > 0,
+        }
+        self._stages = [
+            recipes.with_learning_rate(stage, noise_multiplier=z, **rates)
+            for stage, z in zip(stages, noise, strict=True)
+        ]
+        self._plans = [budget.plan(stage, z, **shared) for stage, z in zip(stages, noise, strict=True)]
         self._delta = delta
-        self._facts = {
+        self._facts: dict[str, Any] = {
             "recipe": self._recipe.name,
             "settings": settings,
             "data": self._private.shapes,
@@ -388,7 +395,7 @@ def _loss(loss: Any, classifier: Classifier) -> Any:
 def _optimizer(recipe: Recipe, plan: PrivacyPlan) -> Any:
     settings: dict[str, Any] = {"learning_rate": recipe.learning_rate, "clipping": recipe.clipping}
     if recipe.optimizer is None:
-        settings["momentum"] = _MOMENTUM
+        settings["momentum"] = recipes.MOMENTUM
     return plan.optimizer(_optimizer_class(recipe), l2_norm_clip=recipe.l2_norm_clip, **settings)
 
 
