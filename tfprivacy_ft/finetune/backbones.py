@@ -49,7 +49,7 @@ class Classifier:
 
 
 def copy_of(model: Any) -> Any:
-    """A copy that shares no weight with `model`, and has its values and its frozen layers.
+    """A functional copy that shares no weight with `model`, and has its values and its frozen layers.
 
     Raises:
       UnsupportedModelError: it is no functional or sequential model with known shapes, or Keras cannot copy a layer.
@@ -72,7 +72,8 @@ def copy_of(model: Any) -> Any:
             f"the model {model.name!r} cannot be copied ({error}): give each layer of your own a get_config with which Keras "
             "can make it again."
         ) from error
-    return copy
+    # On Keras 3 a sequential model has no one input and output.
+    return keras.Model(copy.inputs[0], copy.outputs[0]) if isinstance(copy, keras.Sequential) else copy
 
 
 def with_new_head(backbone: Any, num_classes: int, hidden_units: Sequence[int] = ()) -> Classifier:
@@ -190,20 +191,6 @@ def set_trainable_flags(model: Any, flags: Sequence[bool]) -> None:
     """Makes layers trainable or not, as `trainable_flags` said of a model of the same architecture."""
     for layer, flag in zip(layers_inside(model), flags, strict=True):
         layer.trainable = flag  # an outer layer comes before those in it, whose flags it sets, too
-
-
-def refuse_trainable_batch_norm(model: Any) -> None:
-    """Refuses a model in which a batch normalisation is trained: it mixes the examples of a batch.
-
-    Raises:
-      UnsupportedModelError: there is one; the text names it.
-    """
-    for layer in layers_inside(model):
-        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
-            raise UnsupportedModelError(
-                f"layer {layer.name!r} is a BatchNormalization that would be trained, which mixes the examples of a batch: give "
-                'fix_batchnorm="freeze" to keep its statistics, or "groupnorm" to replace it.'
-            )
 
 
 def _unused(model: Any, name: str) -> str:

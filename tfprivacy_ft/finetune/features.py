@@ -15,8 +15,7 @@ import tensorflow as tf
 from tfprivacy_ft.errors import DatasetError
 from tfprivacy_ft.sampling import nested_arrays
 
-_ROWS = 2048  # computed at once
-_BATCH = 128
+_ROWS = 128  # computed at once
 
 
 def compute(model: Any, x: Any, *, cache: str | os.PathLike[str] = "memory") -> np.ndarray:
@@ -64,9 +63,10 @@ def compute(model: Any, x: Any, *, cache: str | os.PathLike[str] = "memory") -> 
 
 
 def _fill(features: np.ndarray, model: Any, x: Any) -> None:
+    forward = tf.function(lambda rows: model(rows, training=False), reduce_retracing=True)
     for start in range(0, len(features), _ROWS):
-        rows = tf.nest.map_structure(lambda part, start=start: part[start : start + _ROWS], x)
-        features[start : start + _ROWS] = model.predict(rows, batch_size=_BATCH, verbose=0)
+        rows = tf.nest.map_structure(lambda part, start=start: tf.constant(part[start : start + _ROWS]), x)
+        features[start : start + _ROWS] = forward(rows)
 
 
 def _digest(model: Any, x: Any) -> str:

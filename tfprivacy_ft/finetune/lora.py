@@ -77,10 +77,13 @@ def add_lora(
                 "out of `layers`, or make it without the constraint."
             )
     new, twins = _adapted_copy(model, chosen, rank, rank if alpha is None else alpha)
-    wanted = [weight for layer in chosen for weight in _adapter(twins[id(layer)])]
-    if also_last and head not in chosen:
+    adapted = [twins[id(layer)] for layer in chosen]
+    wanted = [weight for layer in adapted for weight in _adapter(layer)]
+    if also_last and not any(layer is head for layer in chosen):
         wanted += trainable.trained_by_keras([twins[id(head)]])
     trainable.train_only(new, wanted)
+    if IS_KERAS_3:  # the layers of `lora_layers` never train another weight
+        _freeze_all_but_adapters(adapted)
     return new
 
 
@@ -179,6 +182,13 @@ def _adapted_copy(model: Any, chosen: list[Any], rank: int, alpha: float) -> tup
 
     new = _copy(model, rebuilt)
     return new, _copy_weights(model, new)
+
+
+def _freeze_all_but_adapters(layers: list[Any]) -> None:
+    for layer in layers:
+        adapter = {id(weight) for weight in _adapter(layer)}
+        for weight in keras_compat.own_weights(layer):
+            weight.trainable = id(weight) in adapter
 
 
 def _same(layer: Any) -> Any:

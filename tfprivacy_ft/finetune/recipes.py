@@ -1,7 +1,7 @@
 """Recipes: what is trained of a pretrained model, and how; the one place where their defaults live.
 
-A recipe holds public choices only. None stands for a sound default from the number of examples and the budget, which
-`filled` puts in; nothing here looks at data, and nothing needs TensorFlow.
+A recipe holds public choices only. None stands for a sound default from the number of examples and the noise, which
+`stages_of` and `with_learning_rate` put in; nothing here looks at data, and nothing needs TensorFlow.
 """
 
 import dataclasses
@@ -76,6 +76,7 @@ class Head(Recipe):
     Args:
       hidden_units: sizes of tanh layers before the output, where the head is new; () for a linear head.
       cache: where the features go: `"memory"`, or a folder, for what memory does not hold. They are private data.
+      l2_norm_clip: as in `Recipe`; a tenth of what others have, since gradients on rows of unit length are short.
 
     Example:
       >>> Head(hidden_units=(32,), epochs=20).epochs
@@ -84,6 +85,7 @@ class Head(Recipe):
 
     hidden_units: tuple[int, ...] = ()
     cache: str | os.PathLike[str] = "memory"
+    l2_norm_clip: float | None = dataclasses.field(default=0.1, kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -177,6 +179,14 @@ class Staged:
 
 AnyRecipe = Recipe | Staged | ZeroShot
 
+MOMENTUM = 0.9  # of SGD, where no optimizer is named
+
+# The starting values of docs/starting_values.md.
+_LARGEST_BATCH, _STEPS = 8192, 100
+_EPOCHS = 30
+_NOISE_IN_LOGIT, _STEADY = 2.0, 50.0
+_RATE, _RATE_OF_OTHERS = 0.025, 0.01
+
 _NAMES = {Head: "head", Bias: "bias", LoRA: "lora", LastLayers: "last_layers", Full: "full"}
 _BY_NAME: dict[str, Callable[[], AnyRecipe]] = {
     "head": Head,
@@ -220,18 +230,54 @@ def find(recipe: str | AnyRecipe) -> AnyRecipe:
     return _BY_NAME[recipe]()
 
 
-def stages_of(recipe: AnyRecipe, *, num_examples: int, target_epsilon: float) -> tuple[Recipe, ...]:
-    """The stages of a recipe with every default put in; none for `ZeroShot`.
+def stages_of(recipe: AnyRecipe, *, num_examples: int) -> tuple[Recipe, ...]:
+    """The stages of a recipe, with the defaults of batch size and epochs put in; none for `ZeroShot`.
 
     Args:
       num_examples: n, public.
-      target_epsilon: the budget of all stages together.
 
     Example:
-      >>> stages_of(Full(epochs=3), num_examples=10_000, target_epsilon=3.0)[0].batch_size
+      >>> stages_of(Full(epochs=3), num_examples=10_000)[0].batch_size
       800
     """
-    return tuple(_filled(stage, num_examples, target_epsilon) for stage in parts_of(recipe))
+    return tuple(_sized(stage, num_examples) for stage in parts_of(recipe))
+
+
+def with_learning_rate(
+    stage: Recipe, *, num_examples: int, noise_multiplier: float, target_epsilon: float, unit_rows: bool
+) -> Recipe:
+    """The stage with the default of its learning rate put in, where it has none.
+
+    Args:
+      stage: with batch size and epochs.
+      num_examples: n, public.
+      noise_multiplier: of this stage.
+      target_epsilon: the budget of all stages together.
+      unit_rows: whether the head is new, and reads rows of unit length.
+
+    Example:
+      >>> stage = Head(batch_size=1000, epochs=100)
+      >>> facts = {"num_examples": 1000, "noise_multiplier": 10.0, "target_epsilon": 3.0}
+      >>> round(with_learning_rate(stage, **facts, unit_rows=True).learning_rate, 3)
+      20.0
+
+    Source: docs/starting_values.md, measured on public data.
+    """
+    if stage.learning_rate is not None:
+        return stage
+    assert stage.batch_size is not None and stage.epochs is not None
+    clip = stage.l2_norm_clip or 1.0
+    if stage.optimizer is not None:
+        rate = _RATE_OF_OTHERS
+    elif unit_rows and isinstance(stage, Head) and not stage.hidden_units:
+        # The noise of all steps adds this much to the logit of a unit row, in standard deviation, however many features.
+        steps = math.ceil(num_examples / stage.batch_size) * stage.epochs
+        by_noise = _NOISE_IN_LOGIT * (1 - MOMENTUM) * stage.batch_size / (noise_multiplier * math.sqrt(steps))
+        rate = min(by_noise, _STEADY) / clip
+    else:
+        # Smaller steps under more noise; the exponent goes through the rates measured at epsilon 1, 3 and 8.
+        rate = _RATE * target_epsilon ** (2 / 3) / clip
+    return dataclasses.replace(stage, learning_rate=rate)
 
 
 def parts_of(recipe: AnyRecipe) -> tuple[Recipe, ...]:
@@ -271,16 +317,11 @@ def _plain(value: Any) -> Any:
     return getattr(value, "__name__", type(value).__name__)
 
 
-def _filled(recipe: Recipe, n: int, target_epsilon: float) -> Recipe:
-    """Defaults of docs/starting_values.md: they were measured on public data, and depend on public facts only."""
-    is_head = isinstance(recipe, Head)
-    usual_batch = n if is_head else round(8 * math.sqrt(n))
-    epochs = 40 if is_head else 30
-    # As the noise rises, the step has to fall; the exponent goes through the measured rates of epsilon 1, 3 and 8.
-    rate = (2.0 if is_head else 0.025) * target_epsilon ** (2 / 3)
-    return dataclasses.replace(
-        recipe,
-        batch_size=min(n, recipe.batch_size or usual_batch),
-        epochs=recipe.epochs or epochs,
-        learning_rate=rate if recipe.learning_rate is None else recipe.learning_rate,
-    )
+def _sized(stage: Recipe, n: int) -> Recipe:
+    if isinstance(stage, Head):  # about a hundred steps, on everybody where memory allows
+        batch_size = min(n, stage.batch_size or _LARGEST_BATCH)
+        epochs = stage.epochs or math.ceil(_STEPS * batch_size / n)
+    else:
+        batch_size = min(n, stage.batch_size or round(8 * math.sqrt(n)))
+        epochs = stage.epochs or _EPOCHS
+    return dataclasses.replace(stage, batch_size=batch_size, epochs=epochs)

@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 from tfprivacy_ft.compute_epsilon import Report
+from tfprivacy_ft.finetune.card import write_card
 from tfprivacy_ft.finetune.recipes import AnyRecipe
 from tfprivacy_ft.groups import Groups
 
@@ -55,8 +56,6 @@ class FineTuned:
         Returns:
           The paths of both.
         """
-        from tfprivacy_ft.finetune.card import write_card
-
         return write_card(
             folder,
             report=self.report,

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from tfprivacy_ft import batch_norm
 from tfprivacy_ft.augmentation import augmented_rows
 from tfprivacy_ft.errors import UnsupportedModelError
 from tfprivacy_ft.finetune import backbones, features, lora, recipes, trainable
@@ -40,7 +41,7 @@ def prepare(recipe: recipes.Recipe, classifier: Classifier) -> Stage:
       UnsupportedModelError: nothing would be trained, or a BatchNormalization would.
     """
     stage = _MAKERS[type(recipe)](recipe, classifier)
-    backbones.refuse_trainable_batch_norm(stage.model)
+    batch_norm.refuse_trainable(stage.model)
     if not stage.model.trainable_variables:
         raise UnsupportedModelError(
             f"the recipe {recipe.name!r} finds nothing to train in the model {classifier.model.name!r}: set layers trainable, or "

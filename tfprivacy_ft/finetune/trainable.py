@@ -10,7 +10,7 @@ from typing import Any
 
 from tfprivacy_ft import _check, keras_compat
 from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedModelError
-from tfprivacy_ft.keras_compat import IS_KERAS_3, keras
+from tfprivacy_ft.keras_compat import keras
 
 __all__ = ["last_layer", "train_all", "train_last_layers", "train_only", "train_only_biases", "trained_by_keras"]
 
@@ -18,19 +18,18 @@ __all__ = ["last_layer", "train_all", "train_last_layers", "train_only", "train_
 def train_only_biases(model: Any, also_last: bool = True) -> Any:
     """Freezes all but the biases, the offsets of normalisations among them, and the last layer: BiTFiT.
 
-    Train the model that this returns. It has the layers of `model`, so that `model` holds what was trained and is the one
-    to save. On Keras 3 the two are the same; Keras 2 knows no frozen weight in a layer that is trained, so there it is
-    another model around the same layers.
+    Train the model that this returns: Keras freezes whole layers, so it is another model around the same layers, which trains
+    some of their weights. `model` thereby holds what was trained and is the one to save; `save` of the other writes it, too.
 
     Args:
-        model: A built Keras model; functional or Sequential on Keras 2.
+        model: A built functional or Sequential Keras model; its other layers are frozen in place.
         also_last: Whether to train the whole last layer with weights, too.
 
     Returns:
         The model to compile and to train.
 
     Raises:
-        UnsupportedModelError: The model has no weights yet, has no bias, or is subclassed on Keras 2.
+        UnsupportedModelError: The model has no weights yet, has no bias, or is subclassed.
 
     Example:
         >>> from tfprivacy_ft import models
@@ -48,7 +47,7 @@ def train_only_biases(model: Any, also_last: bool = True) -> Any:
         raise UnsupportedModelError(f"Model {model.name!r} has no bias that could be trained: use another recipe.")
     wanted += trained_by_keras([last_layer(model)]) if also_last else []
     train_only(model, wanted)
-    return model if IS_KERAS_3 else _trained_in_part(model, wanted)
+    return _trained_in_part(model, wanted)
 
 
 def train_last_layers(model: Any, count: int = 1) -> Any:
@@ -123,7 +122,7 @@ def last_layer(model: Any) -> Any:
 
 
 def train_only(model: Any, wanted: Iterable[Any]) -> None:
-    """Freezes every layer that holds none of these weights and, where Keras knows frozen weights, every other weight.
+    """Freezes every layer that holds none of these weights, and no other layer.
 
     Args:
         model: A built Keras model, changed in place.
@@ -133,9 +132,6 @@ def train_only(model: Any, wanted: Iterable[Any]) -> None:
     for layer in [model, *keras_compat.layers_inside(model)]:  # from the outside in: each sets those inside it
         if layer.weights:
             layer.trainable = any(id(weight) in kept for weight in layer.weights)
-    if IS_KERAS_3:
-        for weight in model.weights:
-            weight.trainable = id(weight) in kept
 
 
 def _is_bias(name: str) -> bool:
@@ -172,7 +168,7 @@ def _refuse_unbuilt(model: Any) -> None:
 
 
 class _TrainedInPart(keras.Model):
-    """A functional model of Keras 2 that trains some of its weights. A file of it holds a plain model."""
+    """A functional model that trains some of the weights of its layers. A file of it holds a plain model."""
 
     trained: frozenset[int] = frozenset()
 
@@ -185,16 +181,28 @@ class _TrainedInPart(keras.Model):
         trained = {id(weight) for weight in self.trainable_weights}
         return [weight for weight in self.weights if id(weight) not in trained]
 
+    @property
+    def trainable_variables(self):
+        return self.trainable_weights
+
+    @property
+    def non_trainable_variables(self):
+        trained = {id(weight) for weight in self.trainable_weights}
+        return [variable for variable in self.variables if id(variable) not in trained]
+
     def save(self, *args, **kwargs):
         """Saves a plain model of the same layers."""
-        keras.Model(self.inputs, self.outputs, name=self.name).save(*args, **kwargs)
+        keras.Model(self.input, self.output, name=self.name).save(*args, **kwargs)
 
 
 def _trained_in_part(model: Any, wanted: list[Any]) -> Any:
     if not getattr(model, "inputs", None):
         raise UnsupportedModelError(
-            f"Model {model.name!r} is subclassed: on Keras 2 give a functional or Sequential model, or use Keras 3."
+            f"Model {model.name!r} is subclassed, and single weights of it cannot be frozen: give a functional or Sequential "
+            "model."
         )
-    part = _TrainedInPart(model.inputs, model.outputs, name=model.name)
+    one = isinstance(model, keras.Sequential)  # which knows lists of one
+    ends = (model.inputs[0], model.outputs[0]) if one else (model.input, model.output)
+    part = _TrainedInPart(*ends, name=model.name)
     part.trained = frozenset(id(weight) for weight in wanted)
     return part

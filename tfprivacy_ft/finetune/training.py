@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfprivacy_ft import _check
+from tfprivacy_ft import _check, batch_norm
 from tfprivacy_ft.compute_epsilon import compute_epsilon
 from tfprivacy_ft.errors import BudgetExceededError, CheckpointError, InvalidArgumentError, UnsupportedModelError
 from tfprivacy_ft.finetune import backbones, budget, checkpoints, inputs, recipes
@@ -29,8 +29,6 @@ from tfprivacy_ft.plan import PrivacyPlan
 from tfprivacy_ft.weight_averaging import WeightAveraging
 
 _log = logging.getLogger(__name__)
-
-_MOMENTUM = 0.9
 
 
 def finetune(
@@ -164,23 +162,32 @@ class _Run:
         self._untouched = [digest(array) for array in weights[: len(weights) - num_new_weights]]
         shared: dict[str, Any] = {"num_examples": len(self._private), "target_epsilon": target_epsilon, "delta": delta}
         shared["examples_per_user"] = examples_per_user
-        settings = {
+        settings: dict[str, Any] = {
             "architecture": digest(np.asarray(str([array.shape for array in weights]))),
             "pretrained_weights": digest(np.asarray("".join(self._untouched))),
             "recipe": recipes.describe(self._recipe),
             **shared,
             "shape_of_examples": [part["shape"][1:] for part in self._private.shapes["x"]],
         }
-        self._stages = recipes.stages_of(self._recipe, num_examples=len(self._private), target_epsilon=target_epsilon)
+        stages = recipes.stages_of(self._recipe, num_examples=len(self._private))
         before = self._folder.facts
         if before.get("settings"):
             self._folder.refuse_another(settings)
             noise = [stage["noise_multiplier"] for stage in before["stages"]]
         else:
-            noise = list(budget.solve(self._stages, **shared)) if self._stages else []
-        self._plans = [budget.plan(stage, z, **shared) for stage, z in zip(self._stages, noise, strict=True)]
+            noise = list(budget.solve(stages, **shared)) if stages else []
+        rates: dict[str, Any] = {
+            "num_examples": len(self._private),
+            "target_epsilon": target_epsilon,
+            "unit_rows": num_new_weights > 0,
+        }
+        self._stages = [
+            recipes.with_learning_rate(stage, noise_multiplier=z, **rates)
+            for stage, z in zip(stages, noise, strict=True)
+        ]
+        self._plans = [budget.plan(stage, z, **shared) for stage, z in zip(stages, noise, strict=True)]
         self._delta = delta
-        self._facts = {
+        self._facts: dict[str, Any] = {
             "recipe": self._recipe.name,
             "settings": settings,
             "data": self._private.shapes,
@@ -353,9 +360,7 @@ def _classifier(
     model: Any, recipe: AnyRecipe, num_classes: int | None, loss: Any, fix_batchnorm: str | None
 ) -> Classifier:
     if fix_batchnorm is not None:
-        from tfprivacy_ft.batch_norm import fix_batchnorm as fix
-
-        model = fix(backbones.copy_of(model), fix_batchnorm)
+        model = batch_norm.fix_batchnorm(model, fix_batchnorm)
     if num_classes is None:
         return backbones.with_own_head(model, probabilities=loss is None)
     heads = [part for part in recipes.parts_of(recipe) if isinstance(part, recipes.Head)]
@@ -390,7 +395,7 @@ def _loss(loss: Any, classifier: Classifier) -> Any:
 def _optimizer(recipe: Recipe, plan: PrivacyPlan) -> Any:
     settings: dict[str, Any] = {"learning_rate": recipe.learning_rate, "clipping": recipe.clipping}
     if recipe.optimizer is None:
-        settings["momentum"] = _MOMENTUM
+        settings["momentum"] = recipes.MOMENTUM
     return plan.optimizer(_optimizer_class(recipe), l2_norm_clip=recipe.l2_norm_clip, **settings)
 
 

@@ -10,11 +10,9 @@ layers = keras.layers
 X = np.random.default_rng(0).normal(size=(6, 8, 8, 1)).astype("float32")
 
 
-def convolutions(*more):
+def convolutions():
     inputs = keras.Input((8, 8, 1))
     output = layers.Conv2D(5, 3, activation="relu", name="filters")(inputs)
-    for layer in more:
-        output = layer(output)
     return keras.Model(inputs, output)
 
 
@@ -83,11 +81,3 @@ def test_models_that_cannot_be_taken_apart_are_refused_in_one_sentence():
         backbones.with_new_head(two, 3)
     with pytest.raises(InvalidArgumentError, match="num_classes=1 is not allowed"):
         backbones.with_new_head(joined, 1)
-
-
-def test_a_batch_normalisation_is_refused_by_name_only_if_it_would_be_trained():
-    model = convolutions(layers.BatchNormalization(name="mixing"))
-    with pytest.raises(UnsupportedModelError, match="layer 'mixing' is a BatchNormalization"):
-        backbones.refuse_trainable_batch_norm(model)
-    model.get_layer("mixing").trainable = False
-    backbones.refuse_trainable_batch_norm(model)

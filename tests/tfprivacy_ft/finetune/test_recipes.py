@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -37,16 +38,32 @@ def test_what_is_out_of_range_is_refused_by_name(make, text):
 
 
 def test_defaults_depend_on_public_facts_and_give_way_to_what_is_said():
-    head, full = recipes.stages_of(Staged((Head(), Full())), num_examples=10_000, target_epsilon=3.0)
-    assert None not in (head.epochs, head.batch_size, head.learning_rate, full.epochs, full.batch_size)
-    (small,) = recipes.stages_of(Full(batch_size=5000, epochs=7, learning_rate=0.3), num_examples=400, target_epsilon=1)
-    assert (small.batch_size, small.epochs, small.learning_rate) == (400, 7, 0.3)
-    assert recipes.stages_of(ZeroShot(), num_examples=400, target_epsilon=1) == ()
+    head, full = recipes.stages_of(Staged((Head(), Full())), num_examples=10_000)
+    assert None not in (head.epochs, head.batch_size, full.epochs, full.batch_size)
+    (small,) = recipes.stages_of(Full(batch_size=5000, epochs=7, learning_rate=0.3), num_examples=400)
+    assert (small.batch_size, small.epochs, rate(small)) == (400, 7, 0.3)
+    assert recipes.stages_of(ZeroShot(), num_examples=400) == ()
 
 
-def test_a_smaller_budget_takes_smaller_steps():
-    rates = [recipes.stages_of(Head(), num_examples=1000, target_epsilon=e)[0].learning_rate for e in (0.5, 1, 3, 8)]
-    assert rates == sorted(rates) and len(set(rates)) == 4
+def rate(stage, *, noise_multiplier=5.0, target_epsilon=3.0, unit_rows=True):
+    facts = {"noise_multiplier": noise_multiplier, "target_epsilon": target_epsilon, "unit_rows": unit_rows}
+    return recipes.with_learning_rate(stage, num_examples=1000, **facts).learning_rate
+
+
+def test_more_noise_takes_smaller_steps_and_a_smaller_clip_larger_ones():
+    (head,) = recipes.stages_of(Head(), num_examples=1000)
+    assert rate(head) == pytest.approx(2 * rate(head, noise_multiplier=10.0))
+    (full,) = recipes.stages_of(Full(), num_examples=1000)
+    assert rate(full) > rate(full, target_epsilon=1.0)
+    for stage in (head, full):
+        narrow = dataclasses.replace(stage, l2_norm_clip=stage.l2_norm_clip / 4)
+        assert rate(narrow) == pytest.approx(4 * rate(stage))
+
+
+def test_a_head_on_rows_of_any_length_and_one_with_layers_take_the_careful_rate():
+    linear, deep = (recipes.stages_of(head, num_examples=1000)[0] for head in (Head(), Head((8,))))
+    assert rate(deep) == rate(linear, unit_rows=False) < rate(linear)
+    assert rate(dataclasses.replace(linear, optimizer="Adam")) == 0.01
 
 
 def test_a_recipe_is_told_in_json_without_the_folders_of_a_machine():

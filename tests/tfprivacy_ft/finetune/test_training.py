@@ -15,6 +15,7 @@ from tfprivacy_ft.clipping import SlowClippingWarning
 from tfprivacy_ft.errors import CheckpointError, DatasetError, InvalidArgumentError, UnsupportedModelError
 from tfprivacy_ft.finetune import Bias, Full, Head, LastLayers, LoRA, Staged, features, finetune
 from tfprivacy_ft.keras_compat import keras
+from tfprivacy_ft.overlap import PublicOverlapWarning
 
 PROGRAM = pathlib.Path(killed.__file__)
 DATA = datasets.load("breast_cancer")
@@ -29,7 +30,10 @@ def run(model, x=DATA.x_train, y=DATA.y_train, **arguments):
 def backbone():
     inputs = keras.Input((30,))
     hidden = keras.layers.Dense(12, "tanh", name="first")(inputs)
-    return keras.Model(inputs, keras.layers.Dense(8, "tanh", name="second")(hidden))
+    model = keras.Model(inputs, keras.layers.Dense(8, "tanh", name="second")(hidden))
+    random = np.random.default_rng(3)
+    model.set_weights([random.normal(scale=0.3, size=weight.shape) for weight in model.get_weights()])
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +237,27 @@ def test_what_cannot_be_trained_on_is_said_in_one_sentence_and_the_folder_keeps_
     assert not list(tmp_path.glob("ledger*")) or "optimizer" in text
 
 
-def test_a_trainable_batch_normalisation_is_refused_or_frozen():
-    model = keras.Sequential([keras.layers.Input((30,)), keras.layers.BatchNormalization(name="mixing")])
-    with pytest.raises(UnsupportedModelError, match="'mixing' is a BatchNormalization that would be trained"):
-        run(model, recipe=Staged((Head(), Full())), num_classes=2)
+def test_a_batch_normalisation_that_would_train_is_refused_before_the_first_step_or_frozen(tmp_path):
+    norm = keras.layers.BatchNormalization(name="mixing")
+    model = keras.Sequential([keras.layers.Input((30,)), norm])
+    norm.moving_mean.assign(np.linspace(-1, 1, 30))
+    recipe = Staged((Head(epochs=1), Full(epochs=1, batch_size=455)))
+    with pytest.raises(UnsupportedModelError, match="'mixing' is a BatchNormalization that trains"):
+        run(model, recipe=recipe, num_classes=2, run_dir=tmp_path)
+    assert not (tmp_path / "ledger.jsonl").exists()
+    result = run(model, recipe=recipe, num_classes=2, fix_batchnorm="freeze", run_dir=tmp_path)
+    frozen = result.model.get_layer("mixing")
+    for before, after in zip(norm.get_weights(), frozen.get_weights(), strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert result.finished
+
+
+def test_a_card_says_what_the_result_says(head, tmp_path):
+    result, _, _ = head
+    card, facts = result.write_card(tmp_path)
+    assert "other hospital" in card.read_text() and json.loads(facts.read_text())["figures"] == result.figures
+
+
+def test_rows_that_are_public_and_private_are_warned_of():
+    with pytest.warns(PublicOverlapWarning, match="9 of 455 private rows are among the public data 'public data'"):
+        run(killed.model(), recipe=Head(epochs=1), public_data=(DATA.x_train[:9], DATA.y_train[:9]))
