@@ -247,18 +247,13 @@ def _announced(settings: FinetuneSettings, rows: Rows, recipe: str, delta: float
 def _leave(result: "FineTuned", rows: Rows, path: pathlib.Path) -> None:
     """Writes what the run gave into its folder, and says it."""
     groups = None if rows.test is None else figures_by_group(result.model, *rows.test)
-    try:
+    with _refused_in_one_sentence(path):
         result.save(path / "model.keras")
         result.write_card(path, groups=groups)
         if said := rows.schema.to_json():
             (path / "schema.json").write_text(f"{json.dumps(said, indent=1)}\n", encoding="utf-8")
         (path / "report.txt").write_text(f"{result.report}\n", encoding="utf-8")
         (path / "report.json").write_text(f"{result.report.to_json()}\n", encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(
-            f"run_dir={str(path)!r} cannot be written ({error}): make room there, and give the same words with resume=True, "
-            "which trains nothing twice."
-        ) from error
     sys.stdout.write(f"\n{result.report}\n")
     if result.figures:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in result.figures.items())
@@ -266,6 +261,17 @@ def _leave(result: "FineTuned", rows: Rows, path: pathlib.Path) -> None:
     if not result.finished:
         sys.stdout.write(f"\nStages are left: go on with --resume --run-dir {path}, here or where you copy it to.\n")
     sys.stdout.write(f"\nLedger, report, card and model are in {path}\n")
+
+
+@contextmanager
+def _refused_in_one_sentence(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"run_dir={str(path)!r} cannot be written ({error}): make room there, and give the same words again, with "
+            "resume=True if training had begun; it trains nothing twice."
+        ) from error
 
 
 def _read(settings: FinetuneSettings) -> Rows:
@@ -315,7 +321,8 @@ def _from_scratch(settings: FinetuneSettings, rows: Rows, folder: pathlib.Path) 
         return tf.keras.models.load_model(start, compile=False), rows
     outputs = 1 if rows.num_classes == 2 else rows.num_classes
     model = models.build_model(settings.model, rows.x.shape[1:], outputs)
-    model.save(start)
+    with _refused_in_one_sentence(folder):
+        model.save(start)
     return model, rows
 
 

@@ -190,6 +190,19 @@ def test_a_second_run_needs_another_folder_and_resume_needs_the_same_words(table
     assert len(ledger.read(folder).events) == 1  # there was nothing left to do
 
 
+def test_what_cannot_be_written_is_one_sentence_and_written_later(table_run, tmp_path, capsys):
+    folder, _ = table_run
+    given = words(write(tmp_path), folder, **RUN, resume=True)
+    (folder / "report.txt").unlink()
+    (folder / "report.txt").mkdir()  # as good as a full disk
+    assert main(given) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert json.loads((folder / "run.json").read_text())["state"] == "failed"
+    (folder / "report.txt").rmdir()
+    assert main(given) == 0
+    assert (folder / "report.txt").exists() and json.loads((folder / "run.json").read_text())["state"] == "finished"
+
+
 def test_a_numbered_folder_is_made_where_none_is_given(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for number in ("001", "002"):
