@@ -185,7 +185,7 @@ MOMENTUM = 0.9  # of SGD, where no optimizer is named
 _LARGEST_BATCH, _STEPS = 8192, 100
 _EPOCHS = 30
 _NOISE_IN_LOGIT, _STEADY = 2.0, 50.0
-_RATE, _RATE_OF_OTHERS = 0.025, 0.01
+_RATE, _RATE_ON_UNIT_ROWS, _RATE_OF_OTHERS = 0.025, 0.1, 0.01
 
 _NAMES = {Head: "head", Bias: "bias", LoRA: "lora", LastLayers: "last_layers", Full: "full"}
 _BY_NAME: dict[str, Callable[[], AnyRecipe]] = {
@@ -276,7 +276,7 @@ def with_learning_rate(
         rate = min(by_noise, _STEADY) / clip
     else:
         # Smaller steps under more noise; the exponent goes through the rates measured at epsilon 1, 3 and 8.
-        rate = _RATE * target_epsilon ** (2 / 3) / clip
+        rate = (_RATE_ON_UNIT_ROWS if unit_rows else _RATE) * target_epsilon ** (2 / 3) / clip
     return dataclasses.replace(stage, learning_rate=rate)
 
 

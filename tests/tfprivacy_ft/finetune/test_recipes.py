@@ -62,7 +62,7 @@ def test_more_noise_takes_smaller_steps_and_a_smaller_clip_larger_ones():
 
 def test_a_head_on_rows_of_any_length_and_one_with_layers_take_the_careful_rate():
     linear, deep = (recipes.stages_of(head, num_examples=1000)[0] for head in (Head(), Head((8,))))
-    assert rate(deep) == rate(linear, unit_rows=False) < rate(linear)
+    assert rate(linear, unit_rows=False) < rate(deep) < rate(linear)
     assert rate(dataclasses.replace(linear, optimizer="Adam")) == 0.01
 
 
