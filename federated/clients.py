@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from federated import _columns
-from tfprivacy_ft import _check
+from tfprivacy_ft import _check, tables
 from tfprivacy_ft.errors import DatasetError, InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -132,7 +131,7 @@ def split_by_owner(x: Any, y: Any, owners: Any) -> ClientData:
     _same_length(x=x, y=y, owners=owners)
     if owners.ndim != 1:
         raise DatasetError(f"owners has shape {owners.shape}: give one key per example, shape ({len(x)},).")
-    if missing := _columns.count_missing(owners):
+    if missing := tables.count_missing(owners):
         raise DatasetError(
             f"owners lacks {missing} of {len(x)} keys: leave these examples out, for nobody would be protected."
         )
@@ -261,13 +260,13 @@ def clients_from_table(table: Any, *, owner: Any, label: Any, features: Sequence
         raise DatasetError(f"column {owner!r} is given as owner and as label: give two different ones.")
     if isinstance(features, str):
         raise DatasetError(f"features={features!r} is one name: give a list of names.")
-    rest = [name for name in _columns.names(table) if name not in (owner, label)]
+    rest = [name for name in tables.names(table) if name not in (owner, label)]
     chosen = rest if features is None else list(features)
     for role, name in {"owner": owner, "label": label}.items():
         if name in chosen:
             raise DatasetError(f"column {name!r} is the {role} and cannot be a feature: take it out of features.")
-    owners, y = _columns.keys(table, owner), _columns.labels(table, label)
-    return split_by_owner(_columns.features(table, chosen), y, owners)
+    owners, y = tables.keys(table, owner), tables.labels(table, label)
+    return split_by_owner(tables.features(table, chosen), y, owners)
 
 
 def clients_from_datasets(datasets: Mapping[Any, "tf.data.Dataset"], *, batched: bool | None = None) -> ClientData:

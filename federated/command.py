@@ -11,23 +11,21 @@ import importlib.util
 import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from federated import _columns, cohorts
+from federated import cohorts
 from federated.clients import ClientData, clients_from_table, split_evenly
-from tfprivacy_ft import _check, accounting, datasets, ledger, models, plots
-from tfprivacy_ft.errors import DatasetError, InvalidArgumentError, MissingDependencyError, UnsupportedEventError
+from tfprivacy_ft import _check, accounting, datasets, models, plots, run_folder, tables
+from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedEventError
 
 if TYPE_CHECKING:
     from federated.evaluation import ClientEvaluation
     from federated.simulation import SimulationResult
 
-__all__ = ["FederateSettings", "read_table", "run_federate"]
-
-_READERS = (".csv", ".parquet", ".npz")
+__all__ = ["FederateSettings", "run_federate"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +33,7 @@ class FederateSettings:
     """What can be chosen.
 
     Args:
-        data: A file that ends in .csv, .parquet or .npz, or the name of a bundled data set.
+        data: A file that ends in .csv, .csv.gz, .tsv, .parquet or .npz, or the name of a bundled data set.
         run_dir: The run's folder, which holds no run yet.
         rounds: >= 1.
         clients_per_round: (Expected) size of a cohort, > 0.
@@ -97,7 +95,7 @@ class FederateSettings:
             if extra := [name for name in (*for_files, "features", "bounds") if getattr(self, name)]:
                 raise InvalidArgumentError(f"data={self.data!r} is a bundled data set: leave out {_as_options(extra)}.")
             return
-        _check_suffix(pathlib.Path(self.data))
+        tables.check_suffix(pathlib.Path(self.data))
         if missing := [name for name in for_files if getattr(self, name) is None]:
             raise InvalidArgumentError(f"data={self.data!r} is a file: give {_as_options(missing)}, too.")
         if self.num_clients is not None:
@@ -134,7 +132,7 @@ def run_federate(settings: FederateSettings) -> "SimulationResult":
     accounting.check_delta(settings.delta, len(clients))
     drawn = cohorts.make(settings.cohorts, len(clients), settings.clients_per_round)
     process = _process(settings, clients.x.shape[1:], classes, drawn)
-    folder = _new_folder(settings.run_dir)
+    folder = run_folder.new(settings.run_dir)
     result = simulate(
         process,
         clients,
@@ -159,66 +157,8 @@ def run_federate(settings: FederateSettings) -> "SimulationResult":
     return result
 
 
-def read_table(path: str | os.PathLike[str]) -> Mapping[Any, Any]:
-    """Reads a file of columns.
-
-    Args:
-        path: Ends in .csv or .parquet, which come as a `pandas.DataFrame`, or in .npz, which comes as arrays by name.
-
-    Raises:
-        DatasetError: The file is not there, cannot be read, or ends in something else.
-        MissingDependencyError: pandas, or for .parquet pyarrow, is not installed.
-
-    Example:
-        >>> import tempfile
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "table.npz"
-        >>> np.savez(path, owner=["ann", "bob"], age=[61, 47])
-        >>> sorted(read_table(path))
-        ['age', 'owner']
-    """
-    path = pathlib.Path(path)
-    _check_suffix(path)
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return dict(arrays)
-        import pandas
-
-        return (
-            pandas.read_csv(path, float_precision="round_trip") if path.suffix == ".csv" else pandas.read_parquet(path)
-        )
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"reading {path.suffix} files needs pandas and pyarrow: install them by pip install 'tfprivacy_ft[tables]'."
-        ) from error
-    except Exception as error:  # what these readers raise on a damaged file is of every kind
-        why = error.strerror if isinstance(error, OSError) and error.strerror else f"no {path.suffix} file of columns"
-        raise DatasetError(f"data={str(path)!r} cannot be read ({why}): give a file that can.") from error
-
-
-def _check_suffix(path: pathlib.Path) -> None:
-    if path.suffix not in _READERS:
-        raise DatasetError(
-            f"data={str(path)!r} is neither a file that ends in {', '.join(_READERS)} nor one of the data sets "
-            f"{', '.join(datasets.names())}: give one of these."
-        )
-
-
 def _as_options(names: Sequence[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in names)
-
-
-def _new_folder(run_dir: str | os.PathLike[str]) -> pathlib.Path:
-    folder = pathlib.Path(run_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidArgumentError(
-            f"run_dir={str(folder)!r} cannot be used ({error.strerror}): give a folder that can be made and written."
-        ) from error
-    if (folder / ledger.FILE_NAME).exists():
-        raise InvalidArgumentError(f"run_dir={str(folder)!r} holds a run already: give each run a folder of its own.")
-    return folder
 
 
 def _bundled(settings: FederateSettings) -> tuple[ClientData, int]:
@@ -230,53 +170,14 @@ def _bundled(settings: FederateSettings) -> tuple[ClientData, int]:
 def _from_file(settings: FederateSettings) -> tuple[ClientData, int]:
     owner, label, classes = settings.clients_by, settings.label, settings.classes
     assert owner is not None and label is not None and classes is not None
-    table = read_table(settings.data)
-    rest = [name for name in _columns.names(table) if name not in (owner, label)]
+    table = tables.read_table(settings.data)
+    rest = [name for name in tables.names(table) if name not in (owner, label)]
     chosen = rest if settings.features is None else settings.features
-    scaled = _scaled({name: table[name] for name in chosen if name in rest}, settings.bounds)
-    columns: dict[Any, Any] = {name: scaled.get(name, table[name]) for name in _columns.names(table)}
+    scaled = tables.scaled({name: table[name] for name in chosen if name in rest}, tables.parse_bounds(settings.bounds))
+    columns: dict[Any, Any] = {name: scaled.get(name, table[name]) for name in tables.names(table)}
     clients = clients_from_table(columns, owner=owner, label=label, features=list(chosen))
-    if clients.y.dtype.kind != "i" or clients.y.min() < 0 or clients.y.max() >= classes:
-        raise DatasetError(
-            f"column {label!r} holds labels other than the whole numbers from 0 to {classes - 1}: number them so, or give "
-            "another --classes."
-        )
+    tables.check_classes(label, clients.y, classes)
     return clients, classes
-
-
-def _scaled(columns: Mapping[str, Any], bounds: Sequence[str]) -> dict[str, Any]:
-    """Columns cut off at their bounds and scaled to -1 .. 1; those without as they are."""
-    limits = [_limits(text) for text in bounds]
-    for_all = [pair for name, pair in limits if name is None]
-    by_name = {name: pair for name, pair in limits if name is not None}
-    if len(for_all) > 1 or len(by_name) + len(for_all) < len(limits):
-        raise InvalidArgumentError(f"bounds={list(bounds)} bounds something twice: give each column one pair.")
-    if unknown := set(by_name) - set(columns):
-        raise InvalidArgumentError(
-            f"bounds={sorted(unknown)} are no features: these are {', '.join(map(str, columns))}."
-        )
-    scaled = dict(columns)
-    for name in columns:
-        pair = by_name.get(name, for_all[0] if for_all else None)
-        if pair is not None:
-            low, high = pair
-            values = _columns.numbers(columns, name).astype(np.float64)
-            scaled[name] = (2 * (np.clip(values, low, high) - low) / (high - low) - 1).astype(np.float32)
-    return scaled
-
-
-def _limits(text: str) -> tuple[str | None, tuple[float, float]]:
-    name, _, pair = text.rpartition("=")
-    low, _, high = pair.partition(":")
-    try:
-        limits = (float(low), float(high))
-    except ValueError:
-        limits = (0.0, 0.0)
-    if not (np.isfinite(limits).all() and limits[0] < limits[1]):
-        raise InvalidArgumentError(
-            f"bounds={text!r} is not allowed: give COLUMN=LOW:HIGH with two numbers, LOW below HIGH."
-        )
-    return name or None, limits
 
 
 def _process(settings: FederateSettings, shape: Sequence[int], classes: int, drawn: cohorts.Cohorts) -> Any:

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tfprivacy_ft import _check, accounting, datasets, models, plots
+from tfprivacy_ft import _check, accounting, datasets, models, plots, run_folder
 from tfprivacy_ft.compute_epsilon import Report
-from tfprivacy_ft.errors import InvalidArgumentError, MissingDependencyError
+from tfprivacy_ft.errors import MissingDependencyError
 from tfprivacy_ft.events import Event
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def run_demo(settings: DemoSettings) -> list[Result]:
     tf.get_logger().setLevel("ERROR")  # Keras warns where a step is so short that a callback takes longer
     data = _load()
     plan, noise = _plan(settings, len(data.private[0])), _noise_for_rounds(settings)
-    folder = _new_folder(settings.run_dir)
+    folder = run_folder.numbered(settings.run_dir)
     console = Console(highlight=False)
     _say_what_is_what(console, data)
     console.print("\n[bold]Pretraining[/] on the public images, without privacy.")
@@ -147,24 +147,6 @@ def run_demo(settings: DemoSettings) -> list[Result]:
     console.print(_table(results))
     _say_what_it_means(console, folder)
     return results
-
-
-def _new_folder(parent: str | os.PathLike[str]) -> pathlib.Path:
-    """A numbered folder that nobody had before: two demos never share a ledger."""
-    parent = pathlib.Path(parent)
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((int(path.name) for path in parent.iterdir() if path.name.isdecimal()), default=0)
-        while True:
-            with contextlib.suppress(FileExistsError):
-                folder = parent / f"{number:03d}"
-                folder.mkdir()
-                return folder
-            number += 1
-    except OSError as error:
-        raise InvalidArgumentError(
-            f"run_dir={str(parent)!r} cannot be used ({error.strerror}): give a folder that can be made and written."
-        ) from error
 
 
 def _load() -> _Data:

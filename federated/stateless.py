@@ -188,14 +188,10 @@ def _build(build: Any) -> "tf.keras.Model":
 
 
 def _refuse_unsupported_layers(model: "tf.keras.Model") -> None:
-    import tensorflow as tf
+    from tfprivacy_ft import batch_norm
 
+    batch_norm.refuse_trainable(model)
     for layer in model._flatten_layers(include_self=False):
-        if isinstance(layer, tf.keras.layers.BatchNormalization):
-            raise UnsupportedModelError(
-                f"layer {layer.name!r} is a BatchNormalization, whose statistics leave the client without noise: use "
-                "GroupNormalization."
-            )
         if getattr(layer, "activity_regularizer", None) is not None:
             raise UnsupportedModelError(
                 f"layer {layer.name!r} has an activity_regularizer, which mixes the examples of a batch: put the "

@@ -502,7 +502,7 @@ MUTANTS = (
         UNITS,
         "part",
     ),
-    Mutant("rows drawn apart", "sampling.py", "chosen * rows_per_example", "chosen", UNITS, "sampler"),
+    Mutant("rows drawn apart", "sampling.py", "chosen * held", "chosen", UNITS, "sampler"),
     Mutant(
         "sum not unscaled",
         "clipping/engine.py",

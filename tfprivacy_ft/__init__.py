@@ -28,19 +28,25 @@ _HOMES = {
     "Adaptive": "moving_clip",
     "PrivacyPlan": "plan",
     "BestOf": "search",
+    "WeightAveraging": "weight_averaging",
     "poisson_batches": "sampling",
 }
 _MODULES = (
     "accounting",
     "audit",
+    "augmentation",
+    "batch_norm",
     "clipping",
     "compute_epsilon",
     "datasets",
     "errors",
     "events",
+    "groups",
     "ledger",
     "models",
+    "overlap",
     "report",
+    "weights",
 )
 
 __all__ = ["__version__", *_HOMES, *_MODULES]

@@ -12,9 +12,12 @@ def with_option_names(sentence: str, options: Iterable[str]) -> str:
     Example:
       >>> with_option_names("batch_size=0 is not allowed.", ["batch_size"])
       '--batch-size 0 is not allowed.'
+      >>> with_option_names("Give resume=True.", ["resume"])
+      'Give --resume.'
     """
     for name in sorted(options, key=len, reverse=True):
-        sentence = sentence.replace(f"{name}=", f"--{name.replace('_', '-')} ")
+        option = f"--{name.replace('_', '-')}"
+        sentence = sentence.replace(f"{name}=True", option).replace(f"{name}=", f"{option} ")
     return sentence
 
 

@@ -26,6 +26,13 @@ examples:
   With less privacy spent, in another folder:
     tfprivacy-ft demo --target-epsilon 1 --run-dir runs/epsilon_1
 
+  A new head on a pretrained network, for a folder of images with a sub-folder per class:
+    tfprivacy-ft finetune --data scans --image-size 96x96 --model squeezenet --recipe head --target-epsilon 3 --held-out 0.1
+
+  A table of your own, with what may be known of its columns:
+    tfprivacy-ft finetune --data people.csv --label income --classes "<=50K" ">50K" --model logistic --target-epsilon 1 \\
+      --features age hours workclass --bounds age=17:90 hours=0:100 --categories workclass=Private,State-gov,Self-emp
+
   Federated, over the patients of a table of your own:
     tfprivacy-ft federate --data visits.csv --clients-by patient --label ill --classes 2 --bounds age=0:120 weight=2:250 \\
       --rounds 50 --clients-per-round 100 --target-epsilon 3 --delta 1e-5 --run-dir runs/visits
@@ -73,8 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {tfprivacy_ft.__version__}")
     add_completion(parser)
-    commands = parser.add_subparsers(required=True, metavar="{demo,federate,report,worker}")
+    commands = parser.add_subparsers(required=True, metavar="{demo,finetune,federate,report,worker}")
     _add_demo(commands)
+    _add_finetune(commands)
     _add_federate(commands)
     _add_report(commands)
     _add_worker(commands)
@@ -107,6 +115,82 @@ def _demo(**options: Any) -> None:
     from federated import demo
 
     demo.run_demo(demo.DemoSettings.from_options(**options))
+
+
+def _add_finetune(commands: Any) -> None:
+    text = "a model, pretrained or new, on a file or a folder of images, with differential privacy"
+    epilog = (
+        "Nothing that shapes model and inputs is read off the rows: classes, categories, bounds and the size of images are "
+        "given. Pixels are scaled as a model by name reads them, and to -1 .. 1 for all others. FILE.json of --schema has any "
+        "of label, classes, features, image_column, image_size, channels, bounds, categories, text and text_features; one is "
+        "left beside the model, for later rows."
+    )
+    parser = commands.add_parser(
+        "finetune", help=text, description=f"Trains {text}.", epilog=epilog, allow_abbrev=False
+    )
+    data = parser.add_argument_group("data").add_argument
+    data(
+        "--data",
+        required=True,
+        help="a .csv, .csv.gz, .tsv or .parquet file of columns; a .npz file of columns, or of arrays x, y, x_test and y_test; a "
+        "folder of images with a sub-folder per class; or the name of a bundled data set, such as digits",
+    )
+    data("--label", metavar="COLUMN", help="labels; for tables")
+    data(
+        "--classes",
+        metavar="CLASS",
+        nargs="+",
+        help="how many labels there are, numbered from 0, or all by name, in order",
+    )
+    data("--features", metavar="COLUMN", nargs="+", help="columns to learn from; default: all others")
+    bounds = "cut numbers off at these bounds and scale them to -1 .. 1; without COLUMN= for all the others"
+    data("--bounds", metavar="COLUMN=LOW:HIGH", nargs="+", help=bounds)
+    categories = "what may stand in a column, by your list; anything else counts as none of these"
+    data("--categories", metavar="COLUMN=A,B,...", nargs="+", help=categories)
+    data("--text", metavar="COLUMN", nargs="+", help="columns of text, whose words are counted under a fixed hash")
+    data("--text-features", metavar="N", type=int, help="numbers that each column of text becomes (default: 4096)")
+    data("--schema", metavar="FILE.json", help="what is said of columns, in a file")
+    data("--image-column", metavar="COLUMN", help="paths of images, relative to the table, in place of features")
+    data("--image-size", metavar="HEIGHTxWIDTH", help="scale images to this size; needed where they have several")
+    data("--channels", type=int, choices=(1, 3), help="grey or coloured; default: as the images are")
+    held_out = "share of the rows to measure on and not to train on; their figures are releases without noise"
+    data("--held-out", metavar="SHARE", type=float, default=0.0, help=f"{held_out} (default: none)")
+    data("--test-data", metavar="FILE", help="rows like --data to measure on")
+    training = parser.add_argument_group("training").add_argument
+    training(
+        "--model",
+        metavar="NAME_OR_PATH",
+        required=True,
+        help="a pretrained one, such as squeezenet or MobileNetV2; the path of a Keras model; or a new one: logistic, mlp, cnn",
+    )
+    training("--keep-head", action="store_true", help="the model at the path is a classifier of these classes already")
+    recipe = "what is trained: head, bias, lora, last_layers, full, staged, light or zero_shot (default: head, new models full)"
+    training("--recipe", help=recipe)
+    training(
+        "--fix-batchnorm", choices=("freeze", "groupnorm"), help="what to do with BatchNormalization, if there is any"
+    )
+    training("--epochs", metavar="N", type=int, help="of each stage; these four are by default as the recipe says")
+    training("--batch-size", metavar="N", type=int, help="expected size of a batch")
+    training("--learning-rate", metavar="RATE", type=float, help="of the optimizer")
+    training("--l2-norm-clip", metavar="NORM", type=float, help="of one example's gradient")
+    privacy = parser.add_argument_group("privacy and run").add_argument
+    privacy("--target-epsilon", type=float, required=True, help="of one row, > 0; the noise is solved for")
+    privacy("--delta", type=float, help="in (0, 1), well below 1 / rows (default: 1e-5, or less for many rows)")
+    privacy(
+        "--examples-per-user", metavar="K", type=int, help="the most rows of one person, who is then protected with all"
+    )
+    privacy("--run-dir", help="folder of the run (default: a new numbered one in runs/finetune)")
+    privacy("--resume", action="store_true", help="go on with the run in --run-dir; give the same words otherwise")
+    privacy(
+        "--stages", metavar="K", type=int, help="run only so many stages now; the rest later, also on another machine"
+    )
+    parser.set_defaults(run=_finetune)
+
+
+def _finetune(**options: Any) -> None:
+    from tfprivacy_ft import finetune_command
+
+    finetune_command.run_finetune(finetune_command.FinetuneSettings.from_options(**options))
 
 
 def _add_federate(commands: Any) -> None:

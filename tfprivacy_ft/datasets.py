@@ -5,20 +5,16 @@ byte for byte the expected one is refused. Inputs are scaled by published consta
 that are loaded: with data of your own, scale by bounds that you know without looking, or pay for them with epsilon.
 """
 
-import hashlib
 import io
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
+from tfprivacy_ft import _local_files
 from tfprivacy_ft.errors import DatasetError
 
 __all__ = ["DataSet", "load", "names"]
-
-FOLDER_VARIABLE = "TFPRIVACY_FT_DATA"
 
 _MNIST_URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"
 # The same arrays in two files: rebuilt from the canonical images, and the one that Keras downloads.
@@ -154,28 +150,6 @@ def _data_set(name: str, x_train, y_train, x_test, y_test, num_classes: int) -> 
 
 
 def _read_checked(file_name: str, name: str, sha256: tuple[str, ...], url: str) -> bytes:
-    """Content of a local file that is byte for byte one of the files expected."""
-    folder = os.environ.get(FOLDER_VARIABLE)
-    if not folder:
-        raise DatasetError(
-            f"Data set {name!r} is read from a local folder: set the environment variable {FOLDER_VARIABLE} to the "
-            f"folder that holds {name}/{file_name} (from {url})."
-        )
-    candidates = [Path(folder).expanduser() / name / file_name, Path(folder).expanduser() / file_name]
-    path = next((path for path in candidates if path.is_file()), None)
-    if path is None:
-        raise DatasetError(
-            f"There is no {name}/{file_name} and no {file_name} in the folder {folder!r} that {FOLDER_VARIABLE} names: "
-            f"put the file from {url} there."
-        )
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DatasetError(f"File {str(path)!r} cannot be read ({error.strerror}): make it readable.") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found not in sha256:
-        raise DatasetError(
-            f"File {str(path)!r} is damaged or another file, its sha256 is {found} where {sha256[0]} was expected: "
-            f"replace it by the file from {url}."
-        )
-    return content
+    """Content of a data set's file in the local folder."""
+    what = f"Data set {name!r}"
+    return _local_files.read_checked(what, f"{name}/{file_name}", sha256, url, DatasetError)

@@ -53,6 +53,10 @@ class DatasetError(PrivacyError):
     """A data set is unknown, missing, damaged, empty, or its parts have different lengths."""
 
 
+class WeightsError(PrivacyError):
+    """Pretrained weights are unknown, missing, damaged, or of another architecture; the text says where they belong."""
+
+
 class MissingDependencyError(PrivacyError, ImportError):
     """An optional package is needed; the text gives the command that installs it."""
 

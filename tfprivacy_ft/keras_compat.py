@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -80,6 +81,27 @@ def layer_path(variable: tf.Variable) -> str:
     return name.rpartition("/")[0] or name
 
 
+def short_name(weight: Any) -> str:
+    """A weight's name in its own layer, such as `kernel`."""
+    return name_of(weight).rpartition("/")[2]
+
+
+def own_trainable_weights(layer: Any) -> list[Any]:
+    """Weights of a layer itself, and not of layers inside it, that Keras trains where nothing is frozen."""
+    return list(layer._trainable_variables if IS_KERAS_3 else layer._trainable_weights)
+
+
+def own_weights(layer: Any) -> list[Any]:
+    """Weights of a layer itself, and not of layers inside it, in an order that freezing does not change."""
+    others = layer._non_trainable_variables if IS_KERAS_3 else layer._non_trainable_weights
+    return [*own_trainable_weights(layer), *others]
+
+
+def layers_inside(layer: Any, *, nested: bool = True) -> list[Any]:
+    """The layers that a layer or model is made of; with those inside of them if `nested`."""
+    return list(layer._flatten_layers(recursive=nested, include_self=False))
+
+
 def function_definition(graph: Any, name: str) -> Any:
     """The definition of a function that ops of `graph` call; None where it cannot be had."""
     while graph is not None:
@@ -105,6 +127,20 @@ def steps_per_execution(model: Any) -> int:
     public = getattr(model, "steps_per_execution", None)
     value = getattr(model, "_steps_per_execution", None) if public is None else public
     return 1 if value is None else int(value)
+
+
+def clone_model(model: Any, clone_function: Callable[[Any], Any]) -> Any:
+    """A functional model of the layers that `clone_function` makes of the model's, not compiled."""
+    # Keras 3 compiles the clone of a compiled model, and would make an optimizer for it.
+    bare = keras.Model(model.input, model.output, name=model.name)
+    # It also calls new layers with all that the old ones were called with, such as a mask of None.
+    options = {"call_function": _call_with_known_arguments} if IS_KERAS_3 else {}
+    return keras.models.clone_model(bare, clone_function=clone_function, **options)
+
+
+def _call_with_known_arguments(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    is_group_norm = isinstance(layer, keras.layers.GroupNormalization)
+    return layer(args[0]) if is_group_norm else layer(*args, **kwargs)
 
 
 def is_swish(op: tf.Operation) -> bool:

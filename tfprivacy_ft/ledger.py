@@ -622,10 +622,10 @@ def _opening(delta: float | None, facts: Mapping[str, Any] | None) -> dict[str, 
         raise InvalidArgumentError(
             f"facts={facts!r} is not allowed: give a dictionary of text, finite numbers, lists and dictionaries."
         ) from error
-    return {"delta": delta, "facts": plain, "software": _software()}
+    return {"delta": delta, "facts": plain, "software": software()}
 
 
-def _software() -> dict[str, str]:
+def software() -> dict[str, str]:
     """Versions worth recording, asked of the package metadata: importing TensorFlow takes seconds."""
     versions = {"python": platform.python_version()}
     for package in ("tfprivacy-ft", "tensorflow", "keras", "dp-accounting"):

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from tfprivacy_ft import _check, accounting
+from tfprivacy_ft.augmentation import Augmentation
 from tfprivacy_ft.compute_epsilon import Report, compute_epsilon
 from tfprivacy_ft.errors import DatasetError, InvalidArgumentError
 from tfprivacy_ft.events import Event
@@ -165,19 +166,27 @@ class PrivacyPlan:
         return self.steps_per_epoch * self.epochs
 
     def batches(
-        self, x: Any, y: Any, *, sample_weight: Any = None, pad_to: int | None = None, user_ids: Any = None
+        self,
+        x: Any,
+        y: Any,
+        *,
+        sample_weight: Any = None,
+        pad_to: int | None = None,
+        user_ids: Any = None,
+        augment: Augmentation | None = None,
     ) -> Any:
         """Poisson batches of these examples, for `model.fit`; see `poisson_batches`.
 
         Args:
-          x, y, sample_weight, pad_to: as there.
+          x, y, sample_weight, pad_to, augment: as there; with `augment`, `rows_per_example` rows are made of each example.
           user_ids: whose each example is, [num_examples], to check `examples_per_user` by; None takes it on trust.
 
         Raises:
-          InvalidArgumentError: x or user_ids does not hold `num_examples` examples.
+          InvalidArgumentError: x or user_ids does not hold `num_examples` examples, or augment is none.
           DatasetError: x, y and sample_weight differ in length, or one user has too many examples.
         """
-        size = number_of_examples(x, y, sample_weight, rows_per_example=self.rows_per_example)
+        held = self.rows_per_example if augment is None else 1
+        size = number_of_examples(x, y, sample_weight, rows_per_example=held)
         if size != self.num_examples:
             raise InvalidArgumentError(
                 f"x holds {size} examples and the plan was made for num_examples={self.num_examples}: make the plan for "
@@ -193,6 +202,7 @@ class PrivacyPlan:
             pad_to=pad_to,
             accumulation_steps=self.accumulation_steps,
             rows_per_example=self.rows_per_example,
+            augment=augment,
         )
         self._drawn.add(batches)
         return batches
@@ -323,6 +333,23 @@ class PrivacyPlan:
         new = Ledger.open(run_dir, delta=self.delta, facts=self._facts())
         self._ledger.close()
         self._ledger = new
+        self._note_mechanisms()
+
+    def continue_ledger(self, ledger: Ledger) -> None:
+        """Records in an open ledger from now on, such as that of the stage before, whose releases count in the budget.
+
+        Raises:
+          InvalidArgumentError: this plan has released something already, or the ledger is for another delta.
+        """
+        self.settle()
+        if self._ledger.events():
+            raise InvalidArgumentError("the plan has released something already: give it the ledger before it trains.")
+        if ledger.delta != self.delta:
+            raise InvalidArgumentError(
+                f"the ledger has delta={ledger.delta} and the plan {self.delta}: give one delta."
+            )
+        self._ledger.close()
+        self._ledger = ledger
         self._note_mechanisms()
 
     def sampling_of(self, arguments: dict[str, Any] | None) -> Sampling:

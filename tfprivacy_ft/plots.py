@@ -14,7 +14,9 @@ from tfprivacy_ft.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Curve", "plot_clients", "plot_runs"]
+    from tfprivacy_ft.groups import Groups
+
+__all__ = ["Curve", "plot_clients", "plot_groups", "plot_runs"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +169,39 @@ def plot_clients(
     axis.set_xlabel("clients, worst first")
     axis.set_ylabel(figure)
     axis.legend(loc="upper right" if lower_is_better else "lower right")
+    return drawing
+
+
+def plot_groups(groups: "Groups") -> "Figure":
+    """Draws the accuracy over each class and each group, worst last, beside that over all examples.
+
+    What is drawn of private data is a release without noise.
+
+    Args:
+      groups: what `tfprivacy_ft.groups.figures_by_group` returned.
+
+    Returns:
+      A matplotlib figure; `figure.savefig(path)` writes it.
+
+    Example:
+      >>> from tfprivacy_ft.groups import Figures, Groups
+      >>> drawn = plot_groups(Groups(Figures(9, 0.8), {"0": Figures(6, 0.9), "1": Figures(3, 0.6)}, {}))
+      >>> [text.get_text() for text in drawn.axes[0].get_yticklabels()]
+      ['class 1 (3)', 'class 0 (6)']
+    """
+    from matplotlib.figure import Figure
+
+    (_, overall), *parts = groups.rows()
+    parts.sort(key=lambda part: part[1].accuracy)
+    drawing = Figure(figsize=(6.5, 1.2 + 0.3 * len(parts)), layout="constrained")
+    axis = drawing.subplots()
+    # Names are of the data: a dollar sign in one begins no formula.
+    labels = [f"{name} ({figures.count:,})".replace("$", r"\$") for name, figures in parts]
+    axis.barh(range(len(parts)), [figures.accuracy for _, figures in parts], tick_label=labels, color="tab:blue")
+    axis.axvline(overall.accuracy, color="0.3", linestyle="--", linewidth=0.9, label=f"all {overall.count:,} examples")
+    axis.set_xlim(0, 1)
+    axis.set_xlabel("accuracy")
+    axis.legend(loc="lower left")
     return drawing
 
 

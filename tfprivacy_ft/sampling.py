@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfprivacy_ft import _check
+from tfprivacy_ft.augmentation import Augmentation, check_augmentation, fresh_rows, row_seeds
 from tfprivacy_ft.errors import DatasetError
 from tfprivacy_ft.events import Event
 from tfprivacy_ft.keras_compat import sources_of
@@ -82,6 +83,7 @@ def poisson_batches(
     pad_to: int | None = None,
     accumulation_steps: int = 1,
     rows_per_example: int = 1,
+    augment: Augmentation | None = None,
 ) -> tf.data.Dataset:
     """Batches for `model.fit` in which each example takes part independently with probability batch_size / n.
 
@@ -100,13 +102,16 @@ def poisson_batches(
       accumulation_steps: micro-batches that each draw comes in, all of one size, for an optimizer with the same
         `accumulation_steps`. Without `pad_to` that size is the same for nearly all draws, and larger where one needs it.
       rows_per_example: consecutive rows that are one example, and are drawn together.
+      augment: makes the `rows_per_example` rows of an example after it was drawn, anew in every step, such as
+        `augmentation.RandomShift(2)`; x, y and sample_weight then hold one row for each example. Called on one example at
+        a time.
 
     Returns:
       A dataset of (x, y, sample_weight) that knows its cardinality, `steps * accumulation_steps`.
 
     Raises:
       InvalidArgumentError: `batch_size`, `steps`, `pad_to`, `accumulation_steps` or `rows_per_example` is outside its
-        range.
+        range, or `augment` changes the shape or dtype of an example.
       DatasetError: there are no examples, x, y and sample_weight differ in length, or hold a part of an example.
 
     Example:
@@ -118,10 +123,9 @@ def poisson_batches(
     Source: Abadi et al. 2016, section 3.1 (lots); Mironov, Talwar & Zhang 2019 for the amplification that it gives.
     """
     _check.positive_integer(accumulation_steps=accumulation_steps, rows_per_example=rows_per_example)
-    size = number_of_examples(x, y, sample_weight, rows_per_example=rows_per_example)
-    weights = (
-        np.ones(size * rows_per_example, np.float32) if sample_weight is None else np.asarray(sample_weight, np.float32)
-    )
+    held = rows_per_example if augment is None else 1  # rows of each example in the arrays
+    size = number_of_examples(x, y, sample_weight, rows_per_example=held)
+    weights = np.ones(size * held, np.float32) if sample_weight is None else np.asarray(sample_weight, np.float32)
     arrays = tf.nest.map_structure(np.asarray, (nested_arrays(x), nested_arrays(y)))
     _check.positive(batch_size=batch_size)
     _check.at_most("the number of examples", size, batch_size=batch_size)
@@ -129,6 +133,8 @@ def poisson_batches(
     _check.positive_integer(steps=steps)
     if pad_to is not None:
         _check.positive_integer(pad_to=pad_to)
+    if augment is not None:
+        check_augmentation(augment, arrays[0])
     source = np.random.default_rng()  # keyed from the operating system; no global seed reaches it
 
     usual = _usual_size(batch_size, size, accumulation_steps) if accumulation_steps > 1 and pad_to is None else 1
@@ -136,15 +142,22 @@ def poisson_batches(
     def draw() -> Iterator[Any]:
         for _ in range(steps):
             chosen = np.flatnonzero(source.random(size) < batch_size / size)
-            rows = rows_per_example * max(usual, _padded_size(math.ceil(len(chosen) / accumulation_steps), pad_to))
-            chosen = np.add.outer(chosen * rows_per_example, np.arange(rows_per_example)).reshape(-1)
+            rows = held * max(usual, _padded_size(math.ceil(len(chosen) / accumulation_steps), pad_to))
+            chosen = np.add.outer(chosen * held, np.arange(held)).reshape(-1)
             for start in range(0, accumulation_steps * rows, rows):
                 part = chosen[start : start + rows]
                 batch = tf.nest.map_structure(lambda a, c=part, r=rows: _take(a, c, r), arrays)
-                yield (*batch, _take(weights, part, rows, fill=PADDING))
+                batch = (*batch, _take(weights, part, rows, fill=PADDING))
+                yield batch if augment is None else (*batch, row_seeds(source, rows * rows_per_example))
 
     signature = tf.nest.map_structure(lambda a: tf.TensorSpec([None, *a.shape[1:]], a.dtype), (*arrays, weights))
-    dataset = tf.data.Dataset.from_generator(draw, output_signature=signature)
+    if augment is None:
+        dataset = tf.data.Dataset.from_generator(draw, output_signature=signature)
+    else:
+        seeds = tf.TensorSpec([None, 2], tf.int64)
+        dataset = tf.data.Dataset.from_generator(draw, output_signature=(*signature, seeds)).map(
+            fresh_rows(augment, rows_per_example)
+        )
     return dataset.apply(tf.data.experimental.assert_cardinality(steps * accumulation_steps)).prefetch(2)
 
 

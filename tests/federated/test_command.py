@@ -2,17 +2,15 @@
 
 import csv
 import json
-import sys
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from federated.command import FederateSettings, _from_file, read_table
+from federated.command import FederateSettings, _from_file
 from tfprivacy_ft import ledger
 from tfprivacy_ft.cli import main
 from tfprivacy_ft.compute_epsilon import compute_epsilon
-from tfprivacy_ft.errors import DatasetError, MissingDependencyError
 
 RNG = np.random.default_rng(0)
 TABLE = {
@@ -85,7 +83,7 @@ BUNDLED = {"data": "digits", "clients_by": None, "label": None, "classes": None,
         ({"num_clients": 5}, "--num-clients 5 is not for files"),
         (
             {"data": "digit"},
-            "--data 'digit' is neither a file that ends in .csv, .parquet, .npz nor one of the data sets",
+            "--data 'digit' is neither a file that ends in .csv, .csv.gz, .tsv, .parquet, .npz nor one of the data sets",
         ),
         ({"data": "no_such.npz"}, "--data 'no_such.npz' cannot be read (No such file or directory)"),
         ({"label": "sick"}, "column 'sick' is not in the table: it has patient, age, weight, city, ill."),
@@ -116,29 +114,6 @@ def test_what_is_needed_is_asked_for(missing, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(given[:at] + given[at + 2 :])
     assert stopped.value.code == 2 and missing in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("ending", ["csv", "parquet", "npz"])
-def test_a_table_reads_the_same_from_every_kind_of_file(ending, tmp_path):
-    table = read_table(write(tmp_path, ending=ending))
-    assert list(table.keys()) == list(TABLE)
-    for name, column in TABLE.items():
-        assert np.asarray(table[name]).tolist() == column.tolist()
-
-
-@pytest.mark.parametrize("ending", ["csv", "parquet", "npz"])
-def test_a_damaged_file_is_one_sentence(ending, tmp_path):
-    path = tmp_path / f"table.{ending}"
-    path.write_bytes(b"\xff\xfe,\x00nothing" if ending != "csv" else b"")
-    with pytest.raises(DatasetError, match=rf"cannot be read \(no .{ending} file of columns\)"):
-        read_table(path)
-
-
-def test_without_pandas_it_says_what_to_install(tmp_path, monkeypatch):
-    (tmp_path / "table.csv").write_text("a,b\n1,2\n")
-    monkeypatch.setitem(sys.modules, "pandas", None)  # as if it were not installed
-    with pytest.raises(MissingDependencyError, match=r"pip install 'tfprivacy_ft\[tables\]'"):
-        read_table(tmp_path / "table.csv")
 
 
 def settings_for(path, **changes):

@@ -2,13 +2,18 @@
 
 import subprocess
 import sys
+import warnings
+import zipfile
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import assert_exact, compile_for_sum, labels, rows
 
 from tfprivacy_ft import models
+from tfprivacy_ft.clipping import SlowClippingWarning
 from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedModelError
+from tfprivacy_ft.models import registry
 
 CASES = [
     ("logistic", (30,), 2, {}),
@@ -21,20 +26,26 @@ CASES = [
     ("cnn", (6, 6, 1), 2, {}),
     ("text", (20,), 2, {"vocabulary_size": 50, "mask_zero": True}),
     ("text", (None,), 1, {"vocabulary_size": 50, "embedding_dim": 4, "hidden_units": (3,)}),
+    ("resnet", (8, 8, 3), 3, {"filters": (4, 8), "blocks": (1, 2), "groups": 2}),
+    ("squeezenet", (31, 32, 3), 3, {}),
+    ("transformer", (6,), 2, {"vocabulary_size": 50, "embedding_dim": 8, "feed_forward_units": 4, "mask_zero": True}),
+    ("lstm", (6,), 2, {"vocabulary_size": 50, "embedding_dim": 4, "units": 3, "mask_zero": True}),
+    ("lstm", (None, 3), 1, {"units": 4, "hidden_units": (3,)}),
 ]
+CLIPPED = [case for case in CASES if case[0] in ("resnet", "transformer")]
 
 
-def _inputs(name, shape, rows=4):
+def _inputs(name, shape, count=4):
     rng = np.random.default_rng(0)
-    if name == "text":
-        return rng.integers(0, 50, (rows, shape[0] or 7)).astype("int32")
-    return rng.normal(size=(rows, *shape)).astype("float32")
+    if len(shape) == 1 and name in ("text", "transformer", "lstm"):
+        return rng.integers(0, 50, (count, shape[0] or 7)).astype("int32")
+    return rng.normal(size=(count, *(size or 7 for size in shape))).astype("float32")
 
 
 @pytest.fixture
-def registry(monkeypatch):
+def clean_registry(monkeypatch):
     """What a test registers is forgotten after it."""
-    monkeypatch.setattr(models, "_BUILDERS", dict(models._BUILDERS))
+    monkeypatch.setattr(registry, "_BUILDERS", dict(registry._BUILDERS))
 
 
 def _dense(input_shape, num_outputs):
@@ -63,6 +74,27 @@ def test_one_example_does_not_change_the_output_of_another(name, shape, outputs,
     x = _inputs(name, shape)
     model = models.build_model(name, shape, outputs, **options)
     np.testing.assert_allclose(model(x, training=True)[:1], model(x[:1], training=True), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "shape", "outputs", "options"), CLIPPED)
+def test_clipping_is_exact_and_fast(name, shape, outputs, options):
+    model = models.build_model(name, shape, outputs, **options)
+    y = labels(classes=outputs)
+    assert_exact(model, "sparse_categorical_crossentropy", _inputs(name, shape, len(y)), y, fast=True)
+
+
+def test_clipping_squeezenet_is_fast():
+    model = models.build_model("squeezenet", (31, 31, 3), 4)
+    compile_for_sum(model, "sparse_categorical_crossentropy", 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowClippingWarning)
+        model.train_on_batch(rows(31, 31, 3), labels())
+
+
+def test_clipping_an_lstm_is_exact_and_takes_each_example_alone():
+    model = models.build_model("lstm", (6,), 2, vocabulary_size=50, embedding_dim=4, units=3, mask_zero=True)
+    y = labels(classes=2)
+    assert_exact(model, "sparse_categorical_crossentropy", _inputs("lstm", (6,), len(y)), y, fast=False)
 
 
 def test_the_default_cnn_is_the_one_of_the_literature():
@@ -97,6 +129,35 @@ def test_padding_does_not_count_and_a_row_of_padding_is_no_nan():
     np.testing.assert_allclose(outputs[1], [0.5, 0.5])
 
 
+def test_a_transformer_sees_the_order_of_tokens_and_no_padding():
+    model = models.build_model("transformer", (4,), 2, vocabulary_size=9, mask_zero=True)
+    texts = np.array([[3, 4, 0, 0], [4, 3, 0, 0], [0, 0, 0, 0]], "int32")
+    first, second, nothing = model(texts).numpy()
+    assert np.abs(first - second).max() > 1e-4
+    np.testing.assert_allclose(nothing, [0.5, 0.5])
+    tokens = next(layer for layer in model.layers if layer.name.startswith("embedding"))
+    table = tokens.get_weights()[0]
+    table[0] += 1  # the vector of padding
+    tokens.set_weights([table])
+    np.testing.assert_allclose(model(texts).numpy()[0], first, rtol=1e-5)
+
+
+def test_a_saved_transformer_is_a_plain_keras_model(tmp_path):
+    path = tmp_path / "transformer.keras"
+    model = models.build_model("transformer", (4,), 2, vocabulary_size=9)
+    model.save(path)
+    tokens = np.array([[3, 4, 5, 6]], "int32")
+    np.testing.assert_allclose(tf.keras.models.load_model(path)(tokens), model(tokens), rtol=1e-5)
+    with zipfile.ZipFile(path) as content:
+        assert b"tfprivacy_ft" not in content.read("config.json")  # so that it loads without this library
+
+
+def test_features_of_squeezenet():
+    model = models.build_model("squeezenet", (None, None, 3), 512, include_top=False)
+    assert model.count_params() == 722_496  # as in the file of its weights
+    assert model(np.zeros((2, 40, 33, 3), "float32")).shape == (2, 512)
+
+
 def test_saved_text_model_loads_in_a_fresh_process(tmp_path):
     path = tmp_path / "text.keras"
     models.build_model("text", (5,), 2, vocabulary_size=9, mask_zero=True).save(path)
@@ -111,7 +172,7 @@ def test_importing_the_module_needs_no_tensorflow():
     assert subprocess.run([sys.executable, "-c", code], timeout=600).returncode == 0
 
 
-def test_a_function_and_a_registered_name_work_like_a_name(registry):
+def test_a_function_and_a_registered_name_work_like_a_name(clean_registry):
     assert models.build_model(_dense, (3,), 2).output_shape == (None, 2)
     assert models.register_model("mine")(_dense) is _dense
     assert models.build_model("mine", (3,), 2).output_shape == (None, 2)
@@ -122,14 +183,14 @@ def test_a_function_and_a_registered_name_work_like_a_name(registry):
 
 
 @pytest.mark.parametrize("name", ["cnn", "", None])
-def test_names_that_cannot_be_registered(registry, name):
+def test_names_that_cannot_be_registered(clean_registry, name):
     with pytest.raises(InvalidArgumentError):
         models.register_model(name)(_dense)
 
 
 def test_an_unknown_name_lists_the_names():
-    with pytest.raises(InvalidArgumentError, match=r"no model 'resnet'.*'cnn', 'logistic', 'mlp', 'text'"):
-        models.build_model("resnet", (3,), 2)
+    with pytest.raises(InvalidArgumentError, match=r"no model 'vgg'.*'cnn', 'logistic', 'lstm', 'mlp', 'resnet'"):
+        models.build_model("vgg", (3,), 2)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +201,7 @@ def test_an_unknown_name_lists_the_names():
         ("mlp", 3, 2, {}, "input_shape=3"),
         ("mlp", (0,), 2, {}, "input_shape="),
         ("mlp", (True,), 2, {}, "input_shape="),
-        ("mlp", (None,), 2, {}, "only text takes None"),
+        ("mlp", (None,), 2, {}, "give every size"),
         ("mlp", (3,), 0, {}, "num_outputs=0"),
         ("mlp", (3,), 2.0, {}, "num_outputs=2.0"),
         ("mlp", (3,), 2, {"hidden_units": (0,)}, "hidden_units="),
@@ -150,6 +211,19 @@ def test_an_unknown_name_lists_the_names():
         ("cnn", (3, 3, 1), 2, {}, "too small"),
         ("cnn", (8, 8, 1), 2, {"kernel_sizes": (8, 8)}, "nothing is left after convolution 2"),
         ("cnn", (8, 8, 1), 2, {"filters": (4,)}, "different lengths"),
+        ("resnet", (8, 8, 3), 2, {"groups": 3}, "groups=3 does not divide"),
+        ("resnet", (8, 8, 3), 2, {"blocks": (1,)}, "different lengths"),
+        ("resnet", (None, 8, 3), 2, {}, "give every size"),
+        ("resnet", (8, 8), 2, {}, "height, width, channels"),
+        ("squeezenet", (30, 40, 3), 2, {}, "31 pixels"),
+        ("squeezenet", (40, 40, 3), 2, {"include_top": False}, "squeezenet has 512 features"),
+        ("squeezenet", (40, 40, 3), 2, {"include_top": "no"}, "include_top='no'"),
+        ("transformer", (None,), 2, {"vocabulary_size": 5}, "give every size"),
+        ("transformer", (3,), 2, {"vocabulary_size": 5, "num_heads": 3}, "num_heads=3 does not divide"),
+        ("transformer", (3, 3), 2, {"vocabulary_size": 5}, "input_shape="),
+        ("lstm", (3,), 2, {}, "vocabulary_size"),
+        ("lstm", (3, 2), 2, {"mask_zero": True}, "mask_zero=True"),
+        ("lstm", (3, 2), 2, {"vocabulary_size": 5}, "input_shape="),
         ("text", (3, 3), 2, {"vocabulary_size": 5}, "input_shape="),
         ("text", (3,), 2, {}, "vocabulary_size"),
         ("text", (3,), 2, {"vocabulary_size": 0}, "vocabulary_size=0"),

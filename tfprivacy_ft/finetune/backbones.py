@@ -1,0 +1,203 @@
+"""A model taken apart into a backbone and a head, and put together again with a new head.
+
+Promises: the model that is given is never changed, since what is trained is a copy of it; whatever is trained, the
+result is one plain Keras model from inputs to probabilities, of Keras's own layers and those of the model given. Knows
+nothing of privacy.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tfprivacy_ft import _check
+from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedModelError
+from tfprivacy_ft.keras_compat import keras, layers_inside
+
+_ENDS = {"softmax", "sigmoid"}
+
+
+class Classifier:
+    """A model whose last `head_layers` layers are its head.
+
+    Args:
+      model: a functional or sequential Keras model that ends in probabilities, [batch, outputs], or in what a loss of
+        the user's own expects. No other model has used its layers.
+      head_layers: how many of its layers are the head, >= 1; they are a chain.
+
+    Attributes:
+      model: the whole.
+      features: the model from the inputs to what the head reads; shares its layers with `model`.
+      head: the model from there to the output; shares its layers with `model`.
+    """
+
+    def __init__(self, model: Any, head_layers: int):
+        self.model, self.head_layers = model, head_layers
+        layers = model.layers[-head_layers:]
+        between = layers[0].input
+        self.features = keras.Model(model.input, between)
+        output = inputs = keras.Input(between.shape[1:], dtype=between.dtype)
+        for layer in layers:  # from here on a layer has two outputs, so whoever asks for its one has to come before
+            output = layer(output)
+        self.head = keras.Model(inputs, output)
+
+    @property
+    def outputs(self) -> int | None:
+        """Values that the model gives for an example; None where they are not one axis."""
+        shape = self.model.output_shape
+        return shape[-1] if isinstance(shape, tuple) and len(shape) == 2 else None
+
+
+def copy_of(model: Any) -> Any:
+    """A functional copy that shares no weight with `model`, and has its values and its frozen layers.
+
+    Raises:
+      UnsupportedModelError: it is no functional or sequential model with known shapes, or Keras cannot copy a layer.
+
+    Example:
+      >>> from tfprivacy_ft import models
+      >>> len(copy_of(models.build_model("logistic", (4,), 3)).get_weights())
+      2
+    """
+    if not isinstance(model, keras.Model) or not getattr(model, "inputs", None):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no inputs of known shape: give a functional or sequential Keras model, built for its "
+            "input shape."
+        )
+    try:
+        copy = keras.models.clone_model(model)
+        copy.set_weights(model.get_weights())
+    except Exception as error:  # a layer's own constructor can raise anything
+        raise UnsupportedModelError(
+            f"the model {model.name!r} cannot be copied ({error}): give each layer of your own a get_config with which Keras "
+            "can make it again."
+        ) from error
+    # On Keras 3 a sequential model has no one input and output.
+    return keras.Model(copy.inputs[0], copy.outputs[0]) if isinstance(copy, keras.Sequential) else copy
+
+
+def with_new_head(backbone: Any, num_classes: int, hidden_units: Sequence[int] = ()) -> Classifier:
+    """A copy of a backbone, its features scaled to unit length, and a new head.
+
+    Feature maps and sequences are averaged to one row for each example. The output layer starts at zero, so that every
+    class is as likely as any other.
+
+    Args:
+      backbone: a functional or sequential model; its output has an axis of examples, then places if any, then features.
+      num_classes: >= 2; two are one sigmoid, more are a softmax.
+      hidden_units: sizes of tanh layers between features and output.
+
+    Raises:
+      InvalidArgumentError: a number is outside its range.
+      UnsupportedModelError: the backbone has no features to put a head on, or cannot be copied.
+
+    Example:
+      >>> from tfprivacy_ft import models
+      >>> with_new_head(models.build_model("logistic", (4,), 3), num_classes=2).model.output_shape
+      (None, 1)
+    """
+    _check.positive_integer(num_classes=num_classes)
+    if num_classes < 2:
+        raise InvalidArgumentError(f"num_classes={num_classes} is not allowed: give at least 2.")
+    copy = copy_of(backbone)
+    features = unit_features(copy)
+    output = features
+    for number, units in enumerate(hidden_units, start=1):
+        output = keras.layers.Dense(units, "tanh", name=_unused(copy, f"head_hidden_{number}"))(output)
+    outputs, activation = (1, "sigmoid") if num_classes == 2 else (num_classes, "softmax")
+    last = keras.layers.Dense(outputs, activation, kernel_initializer="zeros", name=_unused(copy, "head"))
+    return Classifier(keras.Model(copy.input, last(output)), head_layers=1 + len(hidden_units))
+
+
+def unit_features(backbone: Any) -> Any:
+    """The backbone's output as one row of unit l2 norm for each example: a symbolic tensor, [batch, features].
+
+    Private heads learn from rows of one length at one learning rate and clip, whatever the backbone is.
+
+    Raises:
+      UnsupportedModelError: the output is not one tensor of two to five axes.
+
+    Source: Tramer & Boneh 2021, section 2, for what scaling features does to private linear models.
+    """
+    output = backbone.output
+    rank = len(output.shape) if hasattr(output, "shape") else 0
+    pooling = {
+        3: keras.layers.GlobalAveragePooling1D,
+        4: keras.layers.GlobalAveragePooling2D,
+        5: keras.layers.GlobalAveragePooling3D,
+    }
+    if rank != 2 and rank not in pooling:
+        raise UnsupportedModelError(
+            f"the model {backbone.name!r} ends in {backbone.output_shape}, which is no row of features for each example: give "
+            "one that ends in features, feature maps or a sequence of features."
+        )
+    if rank != 2:
+        output = pooling[rank](name=_unused(backbone, "pooled"))(output)
+    return keras.layers.UnitNormalization(name=_unused(backbone, "unit_features"))(output)
+
+
+def with_own_head(model: Any, *, probabilities: bool = True) -> Classifier:
+    """A copy of a whole classifier; its head is its last layer with weights and what comes after that.
+
+    Args:
+      model: a functional or sequential model with one output.
+      probabilities: whether to put a softmax (for one output, a sigmoid) at its end, if it ends in logits.
+
+    Raises:
+      UnsupportedModelError: the model does not end in a chain of layers, one of which has weights, or cannot be copied.
+
+    Example:
+      >>> from tfprivacy_ft import models
+      >>> with_own_head(models.build_model("mlp", (4,), 3)).head_layers
+      1
+    """
+    copy = copy_of(model)
+    if len(tf.nest.flatten(copy.output)) != 1:
+        raise UnsupportedModelError(f"the model {model.name!r} has several outputs: give one with a single output.")
+    layers = _length_of_head(copy)
+    if not probabilities or _ends_in_probabilities(copy):
+        return Classifier(copy, layers)
+    shape = copy.output_shape
+    end = keras.layers.Activation("sigmoid" if shape[-1] == 1 else "softmax", name=_unused(copy, "probabilities"))
+    return Classifier(keras.Model(copy.input, end(copy.output)), layers + 1)
+
+
+def _length_of_head(model: Any) -> int:
+    """How many of the last layers are a chain that begins with the last layer that has weights."""
+    below = model.output
+    for length, layer in enumerate(reversed(model.layers), start=1):
+        if layer.output is not below:
+            break
+        if layer.weights:
+            return length
+        below = layer.input
+    raise UnsupportedModelError(
+        f"the model {model.name!r} does not end in a chain of layers with weights: give num_classes to put a new head on it."
+    )
+
+
+def _ends_in_probabilities(model: Any) -> bool:
+    last = model.layers[-1]
+    activation = getattr(last, "activation", None)
+    return getattr(activation, "__name__", type(last).__name__).lower() in _ENDS
+
+
+def trainable_flags(model: Any) -> list[bool]:
+    """Which layers are trainable, in the order of `layers_inside`."""
+    return [layer.trainable for layer in layers_inside(model)]
+
+
+def set_trainable_flags(model: Any, flags: Sequence[bool]) -> None:
+    """Makes layers trainable or not, as `trainable_flags` said of a model of the same architecture."""
+    for layer, flag in zip(layers_inside(model), flags, strict=True):
+        layer.trainable = flag  # an outer layer comes before those in it, whose flags it sets, too
+
+
+def _unused(model: Any, name: str) -> str:
+    """The name, or one like it that no layer of `model` has."""
+    taken = {layer.name for layer in model.layers}
+    number, unused = 1, name
+    while unused in taken:
+        number += 1
+        unused = f"{name}_{number}"
+    return unused
