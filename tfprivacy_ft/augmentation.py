@@ -1,6 +1,6 @@
 """Several augmentations of each example, whose gradients are averaged before the clip.
 
-An augmentation is a function of one example and a seed. It is called on every example by itself, so that no example can
+An augmentation is a function of one example and a seed. It is called on every row by itself, so that no example can
 reach another's rows, and whatever it does the clip bounds what an example adds: the K rows of an example are one example
 to `PrivacyPlan(rows_per_example=K)`, which costs no privacy. `plan.batches(x, y, augment=...)` makes them after the draw,
 anew in every step; `augmented_rows` once and for all, for features that are computed once.
@@ -25,15 +25,28 @@ Augmentation = Callable[[Any, tf.Tensor], Any]
 _AT_ONCE = 1024  # rows that `augmented_rows` holds as tensors
 
 
+class _OfAllRows:
+    """An augmentation of this module: it knows how to do many examples at once, and still lets no row see another."""
+
+    def rows(self, x: Any, seed: tf.Tensor) -> Any:
+        """All rows of x, each by draws of its own."""
+        raise NotImplementedError
+
+    def __call__(self, example: Any, seed: tf.Tensor) -> Any:
+        """One example."""
+        several = tf.nest.map_structure(lambda part: part[tf.newaxis], example)
+        return tf.nest.map_structure(lambda part: part[0], self.rows(several, seed))
+
+
 @dataclasses.dataclass(frozen=True)
-class RandomShift:
+class RandomShift(_OfAllRows):
     """Moves an image by up to `pixels` up or down, and left or right; what comes in from outside mirrors the edge.
 
     Args:
       pixels: >= 1, at most the image's smaller side.
 
     Raises:
-      InvalidArgumentError: pixels is outside its range.
+      InvalidArgumentError: pixels is outside its range, or what is moved is no image [height, width, channels].
 
     Example:
       >>> RandomShift(1)(tf.ones([4, 4, 1]), tf.constant([1, 2], tf.int64)).shape
@@ -47,31 +60,43 @@ class RandomShift:
     def __post_init__(self) -> None:
         _check.positive_integer(pixels=self.pixels)
 
-    def __call__(self, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        """An image [height, width, channels], moved."""
-        edge = [self.pixels, self.pixels]
-        wide = tf.pad(image, [edge, edge, [0, 0]], mode="SYMMETRIC")
-        corner = tf.random.stateless_uniform([2], seed, 0, 2 * self.pixels + 1, tf.int32)
-        return tf.slice(wide, tf.concat([corner, [0]], 0), tf.shape(image))
+    def rows(self, x: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """Images [rows, height, width, channels], each moved by itself."""
+        height, width = _image_size(x, self)
+        _check.at_most("the image's smaller side", min(height, width), pixels=self.pixels)
+        moves = tf.random.stateless_uniform([tf.shape(x)[0], 2], seed, -self.pixels, self.pixels + 1, tf.int32)
+        x = tf.gather(x, _mirrored(moves[:, :1], height), axis=1, batch_dims=1)
+        return tf.gather(x, _mirrored(moves[:, 1:], width), axis=2, batch_dims=1)
+
+
+def _mirrored(moves: tf.Tensor, size: int) -> tf.Tensor:
+    """Where the pixels of each moved axis come from, [rows, size]."""
+    places = tf.range(size) + moves
+    return tf.where(places < 0, -1 - places, tf.where(places < size, places, 2 * size - 1 - places))
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomFlip:
+class RandomFlip(_OfAllRows):
     """Mirrors an image left to right, half of the time.
+
+    Raises:
+      InvalidArgumentError: what is mirrored is no image [height, width, channels].
 
     Example:
       >>> RandomFlip()(tf.ones([4, 4, 1]), tf.constant([1, 2], tf.int64)).shape
       TensorShape([4, 4, 1])
     """
 
-    def __call__(self, image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        """An image [height, width, channels], mirrored or not."""
-        return tf.image.stateless_random_flip_left_right(image, seed)
+    def rows(self, x: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        """Images [rows, height, width, channels], each mirrored or not."""
+        _image_size(x, self)
+        flips = tf.random.stateless_uniform([tf.shape(x)[0], 1, 1, 1], seed) < 0.5
+        return tf.where(flips, tf.reverse(x, [2]), x)
 
 
 @dataclasses.dataclass(frozen=True)
-class Chain:
-    """One augmentation after the other, each with a seed of its own.
+class Chain(_OfAllRows):
+    """One augmentation after the other, each with draws of its own.
 
     Args:
       steps: the first one first.
@@ -83,11 +108,23 @@ class Chain:
 
     steps: tuple[Augmentation, ...]
 
-    def __call__(self, example: Any, seed: tf.Tensor) -> Any:
-        """The example after all steps."""
+    def rows(self, x: Any, seed: tf.Tensor) -> Any:
+        """All rows of x, after all steps."""
+        count = tf.shape(tf.nest.flatten(x)[0])[0]
         for number, step in enumerate(self.steps):
-            example = step(example, tf.random.experimental.stateless_fold_in(seed, number))
-        return example
+            own = tf.random.experimental.stateless_fold_in(seed, number)
+            x = _each(x, tf.random.stateless_uniform([count, 2], own, None, None, tf.int64), step)
+        return x
+
+
+def _image_size(x: tf.Tensor, augment: Any) -> tuple[int, int]:
+    if tf.nest.is_nested(x) or x.shape.rank != 4 or None in x.shape.as_list()[1:3]:
+        shape = "several parts" if tf.nest.is_nested(x) else f"the shape {x.shape.as_list()[1:]}"
+        raise InvalidArgumentError(
+            f"{type(augment).__name__} is for images [height, width, channels] and an example has {shape}: reshape x, or "
+            "give a function of your own."
+        )
+    return x.shape[1], x.shape[2]
 
 
 def augmented_rows(
@@ -148,16 +185,18 @@ def rows_of(x: Any, seeds: tf.Tensor, augment: Augmentation, augmentations: int)
     Args:
       x: tensors of m examples.
       seeds: int64 [m * augmentations, 2].
-      augment: called once in the graph, on one example at a time.
+      augment: makes each row of its example alone.
       augmentations: rows of each example.
     """
+    return _each(tf.nest.map_structure(lambda part: tf.repeat(part, augmentations, axis=0), x), seeds, augment)
 
-    def row(number: tf.Tensor) -> Any:
-        example = tf.nest.map_structure(lambda part: part[number // augmentations], x)
-        return augment(example, seeds[number])
 
+def _each(x: Any, seeds: tf.Tensor, augment: Augmentation) -> Any:
+    """Every row of x by itself: at once where that is known to be the same, else one after the other."""
+    if isinstance(augment, _OfAllRows):
+        return augment.rows(x, seeds[0])
     one = tf.nest.map_structure(lambda part: tf.TensorSpec(part.shape[1:], part.dtype), x)
-    return tf.map_fn(row, tf.range(tf.shape(seeds)[0]), fn_output_signature=one)
+    return tf.map_fn(lambda row: augment(*row), (x, seeds), fn_output_signature=one)
 
 
 def fresh_rows(augment: Augmentation, augmentations: int) -> Callable[[Any, Any, tf.Tensor, tf.Tensor], Any]:

@@ -54,9 +54,8 @@ class Groups:
 
     @property
     def worst(self) -> str:
-        """The group of the lowest accuracy, the smaller of two that are equal; where there are no groups, the class."""
-        parts = self.groups or self.classes
-        return min(parts, key=lambda name: (parts[name].accuracy, parts[name].count))
+        """The class or group of the lowest accuracy, as the table calls it; the smaller of two that are equal."""
+        return min(self.rows()[1:], key=lambda row: (row[1].accuracy, row[1].count))[0]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values that strict JSON can hold."""
@@ -79,8 +78,7 @@ class Groups:
         for label, figures in self.rows():
             auc = "" if not with_auc else "      -" if figures.auc is None else f"  {figures.auc:.3f}"
             lines.append(f"{label:<{width}}  {figures.count:>8,}  {figures.accuracy:>8.3f}{auc}")
-        kind = "group" if self.groups else "class"
-        return "\n".join([*lines, f"The worst {kind} is {self.worst}.", NOT_NOISED])
+        return "\n".join([*lines, f"Accuracy is lowest for {self.worst}.", NOT_NOISED])
 
 
 def figures_by_group(model: Any, x: Any, y: Any, groups: Any = None, *, batch_size: int = 256) -> Groups:
@@ -111,7 +109,7 @@ def figures_by_group(model: Any, x: Any, y: Any, groups: Any = None, *, batch_si
       class 1         2     0.500      -
       a               2     1.000  1.000
       b               1     0.000      -
-      The worst group is b.
+      Accuracy is lowest for b.
       These figures carry no noise: of private data they are a release that no epsilon covers.
 
     Source: Bagdasaryan, Poursaeed & Shmatikov 2019, "Differential Privacy Has Disparate Impact on Model Accuracy".

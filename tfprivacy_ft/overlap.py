@@ -70,7 +70,7 @@ def warn_of_shared_rows(name: str, public: Any, private: Any) -> int:
         total = len(_parts(private)[0])
         warnings.warn(
             f"{count:,} of {total:,} private rows are among the public data {name!r}, too, and no epsilon covers what a model "
-            "learned of them there: take them out of the public data and train on these again, or say that they are public.",
+            "learned of them there: train on public data without them, or treat them as public.",
             PublicOverlapWarning,
             stacklevel=2,
         )

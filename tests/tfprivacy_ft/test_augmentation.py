@@ -30,7 +30,7 @@ def small_model():
 
 
 def images_by(augment, image, count=200):
-    return [augment(tf.constant(image), tf.constant([7, i], tf.int64)).numpy() for i in range(count)]
+    return augmented_rows(image[np.newaxis], [0], augment, count, seed=7)[0]
 
 
 def test_a_shift_is_one_of_all_windows_of_the_mirrored_image():
@@ -48,6 +48,10 @@ def test_a_flip_mirrors_some_and_a_chain_draws_for_each_of_its_steps():
     assert all(a != b for a, b in zip(flipped, kept, strict=True)) and 5 < sum(flipped) < 35
     # With one seed for both steps the second would always undo the first.
     assert any(np.array_equal(m, image[:, ::-1]) for m in images_by(Chain((RandomFlip(), RandomFlip())), image, 20))
+    chained = images_by(Chain((jitter, RandomFlip(), jitter)), image, 20)
+    assert len(np.unique(chained)) == chained.size  # a function in a chain has draws of its own for each row
+    single = RandomShift(2)(tf.constant(image), tf.constant([1, 2], tf.int64))
+    assert single.shape == image.shape and set(np.unique(single)) <= set(np.unique(image))
 
 
 def test_rows_of_an_example_stay_together_and_are_made_of_it_alone():
@@ -126,6 +130,11 @@ def test_a_plan_draws_augments_and_accounts_for_examples():
 def test_bad_arguments_get_one_sentence():
     with pytest.raises(InvalidArgumentError, match="pixels=0"):
         RandomShift(0)
+    with pytest.raises(InvalidArgumentError, match="pixels=6 is not allowed: give at most the image's smaller side=5"):
+        augmented_rows(X, Y, RandomShift(6), 2)
+    for rows, shape in ((X[..., 0], r"the shape \[6, 5\]"), ({"a": X}, "several parts")):
+        with pytest.raises(InvalidArgumentError, match=f"RandomFlip is for images .* and an example has {shape}"):
+            augmented_rows(rows, Y, RandomFlip(), 2)
     with pytest.raises(InvalidArgumentError, match=r"augment='flip' .* such as RandomShift"):
         augmented_rows(X, Y, "flip", 2)
     with pytest.raises(InvalidArgumentError, match=r"makes float32\[30\] of an example that is float32\[6, 5, 1\]"):

@@ -31,12 +31,13 @@ def test_two_classes_have_an_auc_where_both_are_there(columns):
     assert found.overall == Figures(5, 3 / 5, roc_auc_score(labels, scores))
     assert found.groups["site = 1"] == Figures(3, 2 / 3, 1.0) and found.groups["site = 2"] == Figures(2, 0.5)
     assert found.groups["sex = f"] == found.overall
-    assert found.classes["1"].auc is None and found.worst == "site = 2"
+    assert found.classes["1"].auc is None and found.worst == "class 0"  # before site 2, of the same size
 
 
-def test_of_equal_groups_the_smaller_is_the_worst_and_without_groups_a_class():
+def test_the_worst_is_a_class_or_a_group_and_of_equal_ones_the_smaller():
     parts = {"a": Figures(5, 0.5), "b": Figures(3, 0.5), "c": Figures(1, 0.9)}
-    assert Groups(Figures(9, 0.6), parts, {}).worst == "b"
+    assert Groups(Figures(9, 0.6), {"0": Figures(9, 0.6)}, parts).worst == "b"
+    assert Groups(Figures(9, 0.6), {"0": Figures(4, 0.1), "1": Figures(5, 0.9)}, parts).worst == "class 0"
 
 
 def test_a_keras_model_is_asked_for_its_probabilities():
@@ -50,7 +51,7 @@ def test_a_keras_model_is_asked_for_its_probabilities():
 
 def test_the_table_and_the_json_say_that_nothing_was_noised():
     found = figures_by_group(ECHO, [[0.9], [0.2], [0.4]], [1, 0, 1], ["a", "a", "b"])
-    assert str(found).endswith(NOT_NOISED) and "The worst group is b." in str(found)
+    assert str(found).endswith(NOT_NOISED) and "Accuracy is lowest for b." in str(found)
     read = json.loads(found.to_json())
     assert read["noise"] == NOT_NOISED and read["worst"] == "b"
     assert read["groups"]["b"] == {"count": 1, "accuracy": 0.0, "auc": None}

@@ -189,7 +189,7 @@ def _limits(report: Report, groups: "Groups | None") -> list[str]:
     if groups is None:
         by_group = f"No figures by class or group were measured, and {small}"
     else:
-        by_group = f"Accuracy is lowest for {'' if groups.groups else 'class '}{groups.worst}; {small}"
+        by_group = f"Accuracy is lowest for {groups.worst}; {small}"
     limits = [
         by_group,
         "Held-out figures are those of one model on one data set; elsewhere it may do worse.",
