@@ -9,6 +9,7 @@ one, `add_lora(merge_lora(model))`. `get_weights` and `tf.train.Checkpoint` keep
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -128,10 +129,12 @@ class _Place:
 
 
 def _places(container: Any, within: tuple[str, ...] = ()) -> Iterator[_Place]:
+    if not (IS_KERAS_3 or _is_plain_graph(container) or type(container) is keras.layers.MultiHeadAttention):
+        return  # Keras 2 makes only these anew with other layers inside
     for layer in keras_compat.layers_inside(container, nested=False):
         if type(layer) in _KINDS:
             yield _Place(layer, within)
-        elif IS_KERAS_3 or isinstance(layer, keras.Model) or type(layer) is keras.layers.MultiHeadAttention:
+        else:
             yield from _places(layer, (*within, layer.name))
 
 
@@ -186,9 +189,8 @@ def _adapted_copy(model: Any, chosen: list[Any], rank: int, alpha: float) -> tup
 
 def _freeze_all_but_adapters(layers: list[Any]) -> None:
     for layer in layers:
-        adapter = {id(weight) for weight in _adapter(layer)}
-        for weight in keras_compat.own_weights(layer):
-            weight.trainable = id(weight) in adapter
+        for weight in _base_weights(layer):
+            weight.trainable = False
 
 
 def _same(layer: Any) -> Any:
@@ -215,24 +217,30 @@ def _copy(model: Any, rebuilt: Callable[[Any], Any]) -> Any:
         return _copy(layer, rebuilt) if isinstance(layer, keras.Model) else rebuilt(layer)
 
     try:
-        if _is_plain_graph(model):
-            return keras.models.clone_model(model, clone_function=clone)
-        return _same(model)
+        new = keras.models.clone_model(model, clone_function=clone) if _is_plain_graph(model) else _same(model)
+        if not new.built:
+            raise ValueError("a copy has no weights until it is called")
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise UnsupportedModelError(
-            f"Model {model.name!r} cannot be copied from its config ({error}): give a functional or Sequential model whose "
-            "layers all have get_config."
-        ) from error
+        raise _no_copy(model, str(error)) from error
+    return new
 
 
-def _is_plain_graph(model: Any) -> bool:
-    """Whether the model is made of calls of layers and of nothing else, so that it can be made anew from these."""
-    return isinstance(model, keras.Sequential) or type(model) in (keras.Model, type(_functional()))
+def _is_plain_graph(layer: Any) -> bool:
+    """Whether a model is made of calls of layers and of nothing else, so that it can be made anew from these."""
+    return isinstance(layer, keras.Sequential) or type(layer) is _functional_class()
 
 
-def _functional() -> Any:
+@functools.cache
+def _functional_class() -> Any:
     inputs = keras.Input((1,))
-    return keras.Model(inputs, inputs)
+    return type(keras.Model(inputs, inputs))
+
+
+def _no_copy(model: Any, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"Model {model.name!r} cannot be copied from its config ({reason}): give a functional or Sequential model whose "
+        "layers all have get_config."
+    )
 
 
 def _is_adapted(layer: Any) -> bool:
@@ -247,15 +255,23 @@ def _adapter(layer: Any) -> list[Any]:
 
 def _copy_weights(model: Any, new: Any) -> dict[int, Any]:
     """Gives `new` the weights of `model`, kernels merged where only `model` has an adapter; which layer became which."""
-    twins = {}
-    for old, copy in zip(keras_compat.layers_inside(model), keras_compat.layers_inside(new), strict=True):
-        twins[id(old)] = copy
-        added = {id(weight) for layer in (old, copy) for weight in _adapter(layer)}
-        pairs = ([w for w in keras_compat.own_weights(layer) if id(w) not in added] for layer in (old, copy))
-        for source, target in zip(*pairs, strict=True):
-            is_kernel = _adapter(old) and source is old._kernel
-            target.assign(_merged_kernel(old) if is_kernel else source)
-    return twins
+    layers, copies = keras_compat.layers_inside(model), keras_compat.layers_inside(new)
+    if len(layers) != len(copies):
+        raise _no_copy(model, "a copy has other layers")
+    for old, copy in zip(layers, copies, strict=True):
+        sources, targets = _base_weights(old), _base_weights(copy)
+        if [w.shape for w in sources] != [w.shape for w in targets]:
+            raise _no_copy(model, f"layer {old.name!r} gets other weights")
+        for source, target in zip(sources, targets, strict=True):
+            is_merged = bool(_adapter(old)) and source is old._kernel
+            target.assign(_merged_kernel(old) if is_merged else source)
+    return {id(old): copy for old, copy in zip(layers, copies, strict=True)}
+
+
+def _base_weights(layer: Any) -> list[Any]:
+    """Weights of a layer itself, but for its adapter."""
+    adapter = {id(weight) for weight in _adapter(layer)}
+    return [weight for weight in keras_compat.own_weights(layer) if id(weight) not in adapter]
 
 
 def _merged_kernel(layer: Any) -> np.ndarray:

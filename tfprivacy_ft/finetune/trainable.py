@@ -170,11 +170,12 @@ def _refuse_unbuilt(model: Any) -> None:
 class _TrainedInPart(keras.Model):
     """A functional model that trains some of the weights of its layers. A file of it holds a plain model."""
 
-    trained: frozenset[int] = frozenset()
+    trained: frozenset[int] | None = None  # ids of weights; None for all
 
     @property
     def trainable_weights(self):
-        return [weight for weight in super().trainable_weights if id(weight) in self.trained]
+        everything = super().trainable_weights
+        return [weight for weight in everything if self.trained is None or id(weight) in self.trained]
 
     @property
     def non_trainable_weights(self):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import CrossEntropy, assert_exact, labels, rows, trainable_values
+from helpers import CrossEntropy, assert_exact, labels, rows
 
-from tfprivacy_ft import clipping, keras_compat, models
+from tfprivacy_ft import keras_compat, models
 from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedModelError
 from tfprivacy_ft.finetune.lora import add_lora, merge_lora
 from tfprivacy_ft.keras_compat import keras, short_name
@@ -67,7 +67,7 @@ def test_private_gradients_are_exact_and_fast_and_the_merged_model_computes_the_
     make, shape = MODELS[name]
     base = make()
     x, y = rows(*shape), labels()
-    model = add_lora(base, rank=2, layers=lambda layer: layer.name != "head", alpha=3.0)
+    model = add_lora(base, rank=2, layers=lambda layer: getattr(layer, "units", 0) != 4, alpha=3.0)
     np.testing.assert_array_equal(model(x), base(x))
     _trained(model)
     assert np.abs(model(x) - base(x)).max() > 1e-3
@@ -130,19 +130,15 @@ def test_layers_are_chosen_by_name_by_what_they_are_in_or_by_a_function(make, ch
     assert len(model.trainable_variables) == 2 * len(adapted) + (0 if "head" in adapted else 2)
 
 
-def test_every_kind_of_layer_is_exact_and_fast():
-    inputs = keras.Input((3, 3, 3, 2))
-    x = layers.Conv3D(2, 2, activation="tanh")(inputs)
-    x = layers.Conv1D(4, 2, groups=2, activation="tanh")(layers.Reshape((4, 4))(x))
-    x = layers.EinsumDense("btd,dhk->bthk", (3, 2, 3), bias_axes="hk")(x)
-    x = layers.EinsumDense("bthk,hkd->btd", (3, 4))(x)
+def test_other_kinds_of_layers_are_exact_and_fast():
+    inputs = keras.Input((2, 3, 3, 2))
+    x = layers.Reshape((4, 2))(layers.Conv3D(2, 2, activation="tanh")(inputs))
+    x = layers.Conv1D(4, 2, groups=2, activation="tanh")(x)
+    x = layers.EinsumDense("btd,dhk->bhtk", (2, 3, 3), bias_axes="hk")(x)
     model = keras.Model(inputs, layers.Dense(4, "softmax")(layers.Flatten()(x)))
-    model = _trained(add_lora(model, rank=1, layers=lambda layer: True))
-    assert len(model.trainable_variables) == 10
-    found = clipping.check(model, rows(3, 3, 3, 2), labels(), "sparse_categorical_crossentropy", examples=4)
-    assert found.passed, found
-    assert all(line.fast for line in found.variables), found
-    assert all(np.abs(v).max() > 0 for v in trainable_values(model))
+    model = _trained(add_lora(model, rank=1, layers=lambda layer: not isinstance(layer, layers.Dense), also_last=False))
+    assert len(model.trainable_variables) == 6
+    assert_exact(model, CrossEntropy(), rows(2, 3, 3, 2), labels(), fast=True)
 
 
 def test_a_file_computes_the_same_and_training_goes_on_from_it(tmp_path):
@@ -202,7 +198,7 @@ def _subclassed():
         (_constrained, {}, UnsupportedModelError, "kernel constraint"),
         (lambda: add_lora(_unnamed()), {}, UnsupportedModelError, "adapters already"),
         (lambda: keras.Sequential([layers.Dense(2)]), {}, UnsupportedModelError, "no weights yet"),
-        (_subclassed, {}, UnsupportedModelError, "subclassed|cannot be copied"),
+        (_subclassed, {}, UnsupportedModelError, "No layer to adapt|cannot be copied"),
     ],
 )
 def test_what_cannot_be_adapted_is_refused_in_one_sentence(make, options, error, words):
