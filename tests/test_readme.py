@@ -11,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-QUICKSTART, FEDERATED, AUDIT = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+QUICKSTART, FINE_TUNING, FEDERATED, AUDIT = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
 def _run(code, folder):
@@ -36,6 +36,13 @@ def test_the_quickstart_is_short():
 def test_the_quickstart_keeps_to_its_target(tmp_path):
     assert "\nepsilon = 3 at delta = 0.0001 for one training example." in _run(QUICKSTART, tmp_path)
     assert (tmp_path / "runs" / "quickstart" / "ledger.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_fine_tuning_keeps_to_its_target_and_leaves_a_model_and_a_card(tmp_path):
+    assert "at delta = 0.0001 for one training example." in _run(FINE_TUNING, tmp_path)
+    left = {file.name for file in (tmp_path / "runs" / "finetune").iterdir()}
+    assert left >= {"ledger.jsonl", "run.json", "model.keras", "card.md", "card.json"}
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ _MODULES = (
     "datasets",
     "errors",
     "events",
+    "finetune",
     "groups",
     "ledger",
     "models",

@@ -230,11 +230,51 @@ class Products(Contribution):
         return super().transposed() if mine is None else matrices(mine.outputs, mine.inputs, mine._steps)
 
     def times(self, matrix: tf.Tensor) -> Contribution:
-        mine = self.as_matrices()
-        if mine is None:
+        mine, matrix = self.as_matrices(), tf.cast(matrix, self.outputs.dtype)
+        if mine is not None:
+            return matrices(mine.inputs, tf.matmul(mine.outputs, matrix), mine._steps)
+        heads = self._heads()
+        if heads is None:
             return super().times(matrix)
-        outputs = tf.matmul(mine.outputs, tf.cast(matrix, mine.outputs.dtype))
-        return matrices(mine.inputs, outputs, mine._steps)
+        width, rank = matrix.shape
+        apart = tf.reshape(tf.matmul(tf.reshape(self.outputs, [-1, width]), matrix), [-1, heads * rank])
+        outputs = tf.reshape(apart, tf.concat([tf.shape(self.outputs)[:2], [heads * rank]], 0))
+        sizes = (self.inputs.shape[-1], heads * rank)
+        return Products(
+            self.inputs, outputs, self._steps, Arrangement(sizes, (0, 1), (self._arrangement.shape[0], rank))
+        )
+
+    def times_left(self, matrix: tf.Tensor) -> Contribution:
+        mine, matrix = self.as_matrices(), tf.cast(matrix, self.inputs.dtype)
+        if mine is not None:
+            return matrices(tf.matmul(mine.inputs, matrix), mine.outputs, mine._steps)
+        heads = self._heads()
+        if heads is None:
+            return super().times_left(matrix)
+        rank, width = matrix.shape[-1], self._arrangement.shape[-1]
+        steps = None if self._steps is None else self._steps * heads
+        flat = tf.reshape(self.inputs, [-1, self.inputs.shape[-1]])
+        inputs = tf.matmul(flat, tf.reshape(matrix, [-1, heads * rank]))
+        return matrices(self._in_steps(inputs, steps, rank), self._in_steps(self.outputs, steps, width), steps)
+
+    def reshaped(self, shape: tuple[int, ...]) -> Contribution:
+        return Products(self.inputs, self.outputs, self._steps, dataclasses.replace(self._arrangement, shape=shape))
+
+    def _heads(self) -> int | None:
+        """How many rows of the weight, a matrix as it lies, are what one of the inputs has in all outputs; None if it is none.
+
+        So lies a kernel [P, heads, width] that is multiplied along its last axis: as [P * heads, width].
+        """
+        shape, order = self._arrangement.shape, list(self._arrangement.order)
+        rows = self.inputs.shape[-1]
+        if self.inputs.shape.rank != 3 or len(shape) != 2 or order != sorted(order) or shape[0] % rows:
+            return None
+        return shape[0] // rows
+
+    def _in_steps(self, tensor: tf.Tensor, steps: int | None, width: int) -> tf.Tensor:
+        """[..., n * width] -> [B, steps, width]."""
+        together = tf.reshape(tensor, tf.stack([tf.shape(self.inputs)[0], -1 if steps is None else steps, width]))
+        return tf.ensure_shape(together, [None, steps, width])
 
     def as_matrices(self) -> "Products | None":
         """The same with gradients that are [rows, columns] of the weight as it lies, or None if it is no such matrix."""

@@ -119,6 +119,14 @@ class Contribution(abc.ABC):
         each = self.per_example()
         return Instantiated(tf.matmul(each, tf.cast(matrix, each.dtype)))
 
+    def times_left(self, matrix: tf.Tensor) -> "Contribution":
+        """For gradients that are matrices: matrix^T @ G."""
+        return self.transposed().times(matrix).transposed()
+
+    def reshaped(self, shape: tuple[int, ...]) -> "Contribution":
+        """The same entries in the same order, in another shape."""
+        return Instantiated(tf.reshape(self.per_example(), [-1, *shape]))
+
 
 @dataclasses.dataclass(frozen=True)
 class Arrangement:

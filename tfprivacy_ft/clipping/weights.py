@@ -126,7 +126,7 @@ _Step = Callable[[Contribution], Contribution]
 
 
 def _steps_back(use: Use) -> list[_Step] | None:
-    """The way from the weight back to a value, if it is one line of sums, scalings and matrix products."""
+    """The way from the weight back to a value, if it is one line of sums, scalings, reshapes and products."""
     behind = _depending_on(use.values, use.meeting.weight)
     tensor, steps = use.meeting.weight, list[_Step]()
     while not any(tensor is value for value in use.values):
@@ -144,6 +144,8 @@ def _steps_back(use: Use) -> list[_Step] | None:
             steps += _through_product(op, source is op.inputs[0], others[0])
         elif op.type == "Transpose" and source.shape.rank == 2 and _is_swap(op.inputs[1]):
             steps.append(lambda c: c.transposed())
+        elif op.type == "Reshape" and source is op.inputs[0] and source.shape.is_fully_defined():
+            steps.append(functools.partial(_reshaped, shape=tuple(source.shape.as_list())))
         else:
             return None
         tensor = source
@@ -152,6 +154,10 @@ def _steps_back(use: Use) -> list[_Step] | None:
 
 def _scaled(contribution: Contribution, factor: tf.Tensor) -> Contribution:
     return contribution.scaled(factor)
+
+
+def _reshaped(contribution: Contribution, shape: tuple[int, ...]) -> Contribution:
+    return contribution.reshaped(shape)
 
 
 def _through_product(op: tf.Operation, left: bool, other: tf.Tensor) -> list[_Step]:
@@ -163,7 +169,7 @@ def _through_product(op: tf.Operation, left: bool, other: tf.Tensor) -> list[_St
     if left:
         steps: list[_Step] = [lambda c: c.times(tf.transpose(matrix))]
     else:
-        steps = [lambda c: c.transposed().times(matrix).transposed()]
+        steps = [lambda c: c.times_left(matrix)]
     return steps + ([lambda c: c.transposed()] if flip_source else [])
 
 

@@ -182,7 +182,7 @@ AnyRecipe = Recipe | Staged | ZeroShot
 MOMENTUM = 0.9  # of SGD, where no optimizer is named
 
 # The starting values of docs/starting_values.md.
-_LARGEST_BATCH, _STEPS = 8192, 100
+_LARGEST_BATCH, _STEPS, _EPOCHS_OF_HEAD = 4096, 100, 40
 _EPOCHS = 30
 _NOISE_IN_LOGIT, _STEADY = 2.0, 50.0
 _RATE, _RATE_ON_UNIT_ROWS, _RATE_OF_OTHERS = 0.025, 0.1, 0.01
@@ -318,9 +318,9 @@ def _plain(value: Any) -> Any:
 
 
 def _sized(stage: Recipe, n: int) -> Recipe:
-    if isinstance(stage, Head):  # about a hundred steps, on everybody where memory allows
+    if isinstance(stage, Head):  # at least a hundred steps, on everybody where memory allows
         batch_size = min(n, stage.batch_size or _LARGEST_BATCH)
-        epochs = stage.epochs or math.ceil(_STEPS * batch_size / n)
+        epochs = stage.epochs or max(_EPOCHS_OF_HEAD, math.ceil(_STEPS * batch_size / n))
     else:
         batch_size = min(n, stage.batch_size or round(8 * math.sqrt(n)))
         epochs = stage.epochs or _EPOCHS

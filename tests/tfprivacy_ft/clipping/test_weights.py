@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 from helpers import CrossEntropy, assert_exact, labels, layers, rows
 
+from tfprivacy_ft.clipping import weights
 from tfprivacy_ft.keras_compat import IS_KERAS_3, keras
 
 LOGITS = CrossEntropy(from_logits=True)
@@ -39,6 +40,23 @@ KERNELS = {
     "joined": (lambda w, a, b: tf.concat([a, b], 1), (5, 4), (5, 2)),
     "of_three_products": (lambda w, a, b: tf.matmul(tf.matmul(a, tf.tanh(b)), tf.transpose(a)) @ w, (5, 2), (2, 2)),
 }
+
+
+class Heads(Computed):
+    """A projection to two heads whose kernel is multiplied along its last axis, before it is added up to one of three axes."""
+
+    def __init__(self):
+        def kernel(w, a, b):
+            return tf.reshape(w[:, :6], (5, 2, 3)) + 2.0 * tf.tensordot(a, b, 1)
+
+        super().__init__(kernel, (5, 2, 2), (2, 3), lambda x, w: tf.reduce_mean(tf.einsum("btd,dhk->bthk", x, w), 2))
+
+
+def test_a_low_rank_projection_to_heads_forms_no_gradient_of_the_kernel(monkeypatch):
+    formed = []
+    monkeypatch.setattr(weights, "PulledBack", lambda *arguments: formed.append(arguments))
+    assert_exact(Heads(), LOGITS, rows(3, 5), labels(3), fast=True)
+    assert not formed
 
 
 @pytest.mark.parametrize("static_batch", [False, True], ids=["any_batch", "static_batch"])

@@ -46,7 +46,7 @@ def head(backbone, tmp_path_factory):
         patch.setattr(features, "compute", lambda model, x, **more: (seen.append(len(x)), compute(model, x, **more))[1])
         result = run(
             backbone,
-            recipe=Head(epochs=15, cache=folder / "cache"),
+            recipe=Head(epochs=15, learning_rate=10.0, cache=folder / "cache"),
             num_classes=2,
             target_epsilon=50.0,  # so little noise that what is learned does not depend on it
             validation_data=(DATA.x_test, DATA.y_test),
@@ -94,7 +94,11 @@ def test_the_saved_model_loads_without_the_library(head, tmp_path):
 
 def test_a_finished_run_is_not_begun_again_and_gives_its_model_again(head, backbone):
     result, folder, _ = head
-    arguments = {"recipe": Head(epochs=15, cache=folder / "elsewhere"), "num_classes": 2, "run_dir": folder / "run"}
+    arguments = {
+        "recipe": Head(epochs=15, learning_rate=10.0, cache=folder / "elsewhere"),
+        "num_classes": 2,
+        "run_dir": folder / "run",
+    }
     arguments["target_epsilon"] = 50.0
     with pytest.raises(InvalidArgumentError, match="holds a run already: give resume=True"):
         run(backbone, **arguments)
@@ -105,7 +109,12 @@ def test_a_finished_run_is_not_begun_again_and_gives_its_model_again(head, backb
 
 def test_another_model_data_or_recipe_is_refused_on_resume(head, backbone):
     _, folder, _ = head
-    arguments = {"recipe": Head(epochs=15), "num_classes": 2, "run_dir": folder / "run", "resume": True}
+    arguments = {
+        "recipe": Head(epochs=15, learning_rate=10.0),
+        "num_classes": 2,
+        "run_dir": folder / "run",
+        "resume": True,
+    }
     arguments["target_epsilon"] = 50.0
     with pytest.raises(CheckpointError, match="has another architecture"):
         run(models.build_model("mlp", (30,), 8), **arguments)
