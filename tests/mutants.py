@@ -504,6 +504,22 @@ MUTANTS = (
     ),
     Mutant("rows drawn apart", "sampling.py", "chosen * held", "chosen", UNITS, "sampler"),
     Mutant(
+        "refused steps averaged",
+        "weight_averaging.py",
+        "tf.maximum(tf.cast(iterations, tf.int64) - self._seen, 0)",
+        "tf.ones([], tf.int64)",
+        "tests/tfprivacy_ft/test_weight_averaging.py",
+        "private_steps",
+    ),
+    Mutant(
+        "card not escaped",
+        "finetune/card.py",
+        "finalize=_escaped,",
+        "finalize=None,",
+        "tests/tfprivacy_ft/finetune/test_card.py",
+        "outside",
+    ),
+    Mutant(
         "sum not unscaled",
         "clipping/engine.py",
         "w / loss_scale, 0.0",

@@ -98,6 +98,11 @@ def test_batches_are_augmented_anew_in_every_step():
     assert len(np.unique(np.round(seen, 5))) > 0.97 * len(seen)  # no row has the seed of another
 
 
+def test_ready_made_ones_draw_anew_in_every_step_too():
+    batches = poisson_batches(X, Y, batch_size=N, steps=3, augment=RandomShift(2))
+    assert len({x.numpy().tobytes() for x, _, _ in batches}) == 3  # by chance fewer: 3 pairs at 25^-6 each
+
+
 def test_an_example_is_clipped_once_over_the_mean_of_its_rows():
     model = small_model()
     (x, y, _), *_ = poisson_batches(X, Y, batch_size=N, steps=1, rows_per_example=K, augment=jitter)
