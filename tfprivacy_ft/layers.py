@@ -34,3 +34,27 @@ class MaskedMean(tf.keras.layers.Layer):
 
     def compute_output_shape(self, input_shape):
         return (input_shape[0], input_shape[2])
+
+
+@tf.keras.utils.register_keras_serializable("tfprivacy_ft")
+class LearnedPositions(tf.keras.layers.Layer):
+    """Adds a learned vector to each step of time: [batch, T, d] to the same shape, where T is fixed.
+
+    Example:
+        >>> LearnedPositions()(tf.zeros([2, 3, 4])).shape
+        TensorShape([2, 3, 4])
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+
+    def build(self, input_shape):
+        self.vectors = self.add_weight(name="vectors", shape=input_shape[1:], initializer="uniform")
+        self.built = True
+
+    def call(self, inputs):
+        return inputs + tf.cast(self.vectors, inputs.dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape

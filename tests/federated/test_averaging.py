@@ -339,6 +339,41 @@ def test_other_losses_and_labels(make_process, loss, num_outputs, labels):
 # What is refused.
 
 
+def _transformer():
+    sizes = {"vocabulary_size": 9, "embedding_dim": 4, "feed_forward_units": 4}
+    return models.build_model("transformer", (5,), CLASSES, mask_zero=True, **sizes)
+
+
+def _frozen_batch_norm():
+    import tensorflow as tf
+
+    statistics = {"moving_mean_initializer": "ones", "gamma_initializer": "ones", "trainable": False}
+    norm = tf.keras.layers.BatchNormalization(
+        moving_variance_initializer=tf.keras.initializers.Constant(4), **statistics
+    )
+    dense = tf.keras.layers.Dense
+    return tf.keras.Sequential([tf.keras.Input((DIM,)), dense(4, "tanh"), norm, dense(CLASSES, "softmax")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [_transformer, _frozen_batch_norm])
+def test_one_step_of_one_client_is_a_step_of_sgd(make_process, build):
+    import tensorflow as tf
+
+    start = build()
+    shape, is_text = start.input_shape[1:], start.input_shape[1:] == (5,)
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 9, (4, *shape)).astype(np.int32) if is_text else rng.normal(size=(4, *shape)).astype(np.float32)
+    y = rng.integers(0, CLASSES, 4).astype(np.int32)
+    process = make_process(build, l2_norm_clip=1e3, expected_clients_per_round=1)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean(tf.keras.losses.sparse_categorical_crossentropy(y, start(x, training=True)))
+    gradients = [tf.convert_to_tensor(g).numpy().ravel() for g in tape.gradient(loss, start.trainable_variables)]
+    moved = change(process, process.start_from(start), [(x, y)])
+    assert np.abs(moved).max() > 1e-3
+    np.testing.assert_allclose(moved, -0.1 * np.concatenate(gradients), rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "bad",
     [

@@ -53,7 +53,8 @@ def build_model(
                 (True: token 0 is padding and does not count; import `tfprivacy_ft.layers` before you load such a
                 model), hidden_units=(), activation="tanh", from_logits=False.
             transformer: vocabulary_size (required), embedding_dim=32, blocks=1, num_heads=2, feed_forward_units=64,
-                mask_zero=False (as for text), activation="gelu", from_logits=False.
+                mask_zero=False (as for text), activation="gelu", from_logits=False. Import `tfprivacy_ft.layers` before
+                you load such a model.
             lstm: vocabulary_size (required for tokens, left out for measurements), embedding_dim=16, units=32,
                 mask_zero=False (for tokens), hidden_units=(), activation="tanh", from_logits=False. Private gradients of
                 an LSTM are exact, but have no fast rule: each example is taken alone, which is slow.

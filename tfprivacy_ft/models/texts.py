@@ -1,7 +1,5 @@
 """Builders for texts of integer tokens, and for series of measurements."""
 
-import numpy as np
-
 from tfprivacy_ft import _check
 from tfprivacy_ft.errors import InvalidArgumentError
 from tfprivacy_ft.models._parts import fixed, top
@@ -48,7 +46,7 @@ def _transformer(
     """An encoder whose blocks normalise first (Xiong et al. 2020), with learned positions; the mean of its outputs."""
     import tensorflow as tf
 
-    from tfprivacy_ft.layers import MaskedMean
+    from tfprivacy_ft.layers import LearnedPositions, MaskedMean
 
     _refuse_unless_text(input_shape, "transformer")
     fixed(input_shape, "transformer")  # there is one vector for each position
@@ -60,20 +58,16 @@ def _transformer(
         )
     layers = tf.keras.layers
     inputs = tf.keras.Input(shape=input_shape, dtype="int32")
-    tokens = layers.Embedding(vocabulary_size, embedding_dim, mask_zero=bool(mask_zero))
-    # Keras 3 forgets a mask where tensors are added of which one has none, so it is handed on by name.
-    mask = tokens.compute_mask(inputs)
-    visible = None if mask is None else mask[:, np.newaxis, :]
-    positions = layers.Embedding(input_shape[0], embedding_dim, name="positions")
-    x = layers.Add()([tokens(inputs), positions(inputs * 0 + np.arange(input_shape[0], dtype=np.int32))])
+    x = layers.Embedding(vocabulary_size, embedding_dim, mask_zero=bool(mask_zero))(inputs)
+    x = LearnedPositions()(x)
     for _ in range(blocks):
         normalised = layers.LayerNormalization()(x)
         attention = layers.MultiHeadAttention(num_heads, embedding_dim // num_heads)
-        x = layers.Add()([x, attention(normalised, normalised, attention_mask=visible)])
+        x = layers.Add()([x, attention(normalised, normalised)])
         hidden = layers.Dense(feed_forward_units, activation=activation)(layers.LayerNormalization()(x))
         x = layers.Add()([x, layers.Dense(embedding_dim)(hidden)])
     x = layers.LayerNormalization()(x)
-    x = layers.GlobalAveragePooling1D()(x) if mask is None else MaskedMean()(x, mask=mask)
+    x = MaskedMean()(x) if mask_zero else layers.GlobalAveragePooling1D()(x)
     return tf.keras.Model(inputs, top(x, num_outputs, (), activation, from_logits))
 
 
