@@ -65,6 +65,7 @@ class RunFolder:
     def __init__(self, folder: str | os.PathLike[str] | None, *, resume: bool):
         self.path = None if folder is None else pathlib.Path(folder)
         self._facts: dict[str, Any] = {}
+        self._is_ours = not resume  # until it is sure that this call goes on with the run, it must not be called failed
         if self.path is None:
             if resume:
                 raise InvalidArgumentError("resume=True without a run_dir: give the folder of the run to go on with.")
@@ -93,16 +94,18 @@ class RunFolder:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Writes down that the run is running, and how it failed if the block raises."""
+        """Writes down how the run failed, if the block raises; not where it never went on with the run of the folder."""
         try:
             yield
         except BaseException as error:
-            with contextlib.suppress(CheckpointError):  # the first error is the one to be seen
-                self.write(state=FAILED, sentence=str(error) or type(error).__name__)
+            if self._is_ours:
+                with contextlib.suppress(CheckpointError):  # the first error is the one to be seen
+                    self.write(state=FAILED, sentence=str(error) or type(error).__name__)
             raise
 
     def write(self, **facts: Any) -> None:
         """Adds facts to `run.json`: plain values by name, `state` among them."""
+        self._is_ours = True
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._facts = {**self._facts, "started": self._facts.get("started", now), "written": now, **facts}
         if self.path is not None:

@@ -125,6 +125,7 @@ def test_another_model_data_or_recipe_is_refused_on_resume(head, backbone):
         run(backbone, **{**arguments, "recipe": Head(epochs=16)})
     with pytest.raises(CheckpointError, match="has another num examples"):
         run(backbone, DATA.x_train[:400], DATA.y_train[:400], **arguments)
+    assert json.loads((folder / "run" / "run.json").read_text())["state"] == "finished"
 
 
 @pytest.mark.parametrize(
