@@ -225,7 +225,9 @@ def run_finetune(settings: FinetuneSettings) -> "FineTuned":
         examples_per_user=settings.examples_per_user,
         verbose=1 if sys.stdout.isatty() else 2,
     )
-    with RunFolder(path, resume=True).recording():
+    folder = RunFolder(path, resume=True)
+    folder.write()  # this call's run from here on: what goes wrong is written down
+    with folder.recording():
         _leave(result, rows, path)
     return result
 
