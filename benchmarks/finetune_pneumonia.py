@@ -24,8 +24,7 @@ def squeezenet():
     """SqueezeNet as pretrained, up to its last features before the mean over places: [batch, 5, 5, 512]."""
     from tfprivacy_ft.weights import load_backbone
 
-    model = load_backbone("squeezenet", (SIZE, SIZE, 3))
-    return tf.keras.Model(model.input, model.layers[-2].output)
+    return load_backbone("squeezenet", (SIZE, SIZE, 3))
 
 
 def features(model, images):

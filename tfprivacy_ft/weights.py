@@ -38,11 +38,11 @@ def load_backbone(
         name_or_path: One of
             "squeezenet": SqueezeNet 1.1 trained on ImageNet, without its last layer, from the folder that the
                 environment variable TFPRIVACY_FT_DATA names; or a path to the same file. From images of 31 pixels or more
-                in each direction to float32 [batch, 512]. Images are float32, BGR, 0 .. 255, minus (103.939, 116.779,
-                123.68); `tf.keras.applications.vgg16.preprocess_input` makes them of RGB.
+                in each direction to feature maps, float32 [batch, height, width, 512]. Images are float32, BGR, 0 .. 255, minus
+                (103.939, 116.779, 123.68); `tf.keras.applications.vgg16.preprocess_input` makes them of RGB.
             a name in `tf.keras.applications`, such as "MobileNetV2": without its last layers, trained on ImageNet, to
-                features averaged over the image. Keras takes the file from ~/.keras/models, or downloads it. Images are
-                prepared by the `preprocess_input` of its module. Most have BatchNormalization: see `batch_norm`.
+                feature maps [batch, height, width, channels]. Keras takes the file from ~/.keras/models, or downloads it.
+                Images are prepared by the `preprocess_input` of its module. Most have BatchNormalization: see `batch_norm`.
             a path to a .keras file, to an .h5 file of a whole model, or to a SavedModel: the model as it was saved. On
                 Keras 3 a SavedModel is one frozen layer, which computes what "serving_default" computes.
         input_shape: Shape of one example, as (96, 96, 3), or None: images of any size for names, and what was saved for
@@ -57,7 +57,7 @@ def load_backbone(
 
     Example:
         >>> load_backbone("squeezenet", (96, 96, 3)).output_shape  # doctest: +SKIP
-        (None, 512)
+        (None, 5, 5, 512)
 
     Source: squeezenet: Iandola et al., 2016, https://arxiv.org/abs/1602.07360.
     """
@@ -96,14 +96,16 @@ def _squeezenet(content: bytes, shape: tuple[int | None, ...] | None) -> tf.kera
             if layer.weights:
                 group = file[layer.name.replace("_", "/")]
                 layer.set_weights([group[name.decode()][()] for name in group.attrs["weight_names"]])
-    return model
+    return tf.keras.Model(
+        model.input, model.layers[-2].output
+    )  # without the mean over places, which a head may do without
 
 
 def _application(name: str, shape: tuple[int | None, ...] | None) -> tf.keras.Model:
     folder = os.path.join(os.environ.get("KERAS_HOME", "~/.keras") if IS_KERAS_3 else "~/.keras", "models")
     try:
         builder = getattr(tf.keras.applications, name)
-        return builder(include_top=False, weights="imagenet", input_shape=shape, pooling="avg")
+        return builder(include_top=False, weights="imagenet", input_shape=shape)
     except Exception as error:  # Keras raises no narrower one where it cannot download
         missing = re.search(r"https?://\S*/([^/\s:]+)", str(error))
         if missing:

@@ -245,5 +245,5 @@ def test_stages_are_handed_over_and_a_network_at_a_path_gets_a_new_head(tmp_path
 def test_squeezenet_reads_pixels_as_it_was_trained_to(tmp_path):
     settings = FinetuneSettings.from_options(data="digits", model="squeezenet", target_epsilon=1.0, image_size="32x32")
     model, rows = _pretrained(settings, _read(settings))
-    assert model.output_shape == (None, 512) and rows.x.shape == (1437, 32, 32, 3)
+    assert model.output_shape == (None, 1, 1, 512) and rows.x.shape == (1437, 32, 32, 3)
     assert rows.x[..., 0].min() == np.float32(-103.939) and "caffe" in rows.schema.pixels

@@ -54,7 +54,7 @@ def _write_weights_alone(path, model):
 def test_squeezenet_has_the_weights_of_the_file(squeezenet_file, monkeypatch):
     monkeypatch.setenv("TFPRIVACY_FT_DATA", str(squeezenet_file.parents[1]))
     model = weights.load_backbone("squeezenet")
-    assert model.input_shape == (None, None, None, 3) and model.output_shape == (None, 512)
+    assert model.input_shape == (None, None, None, 3) and model.output_shape == (None, None, None, 512)
     with h5py.File(squeezenet_file) as file:
         for layer, number in (("conv1", 1), ("fire2_expand3x3", 4), ("fire9_expand3x3", 25)):
             group = file[layer.replace("_", "/")]
@@ -63,7 +63,7 @@ def test_squeezenet_has_the_weights_of_the_file(squeezenet_file, monkeypatch):
             np.testing.assert_array_equal(bias, group[f"{layer.replace('_', '/')}_b"])
     sized = weights.load_backbone(squeezenet_file, (40, 48, 3))
     x = 100 * rows(40, 48, 3)
-    assert sized.input_shape == (None, 40, 48, 3)
+    assert sized.input_shape == (None, 40, 48, 3) and sized.output_shape == (None, 1, 2, 512)
     np.testing.assert_allclose(sized(x), model(x), rtol=1e-4, atol=1e-4)
 
 

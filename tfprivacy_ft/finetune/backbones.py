@@ -16,6 +16,9 @@ from tfprivacy_ft.keras_compat import keras, layers_inside
 
 _ENDS = {"softmax", "sigmoid"}
 
+# Features of an image that a head takes place by place: 64 KiB a row.
+_MOST_FEATURES = 1 << 14
+
 
 class Classifier:
     """A model whose last `head_layers` layers are its head.
@@ -79,8 +82,8 @@ def copy_of(model: Any) -> Any:
 def with_new_head(backbone: Any, num_classes: int, hidden_units: Sequence[int] = ()) -> Classifier:
     """A copy of a backbone, its features scaled to unit length, and a new head.
 
-    Feature maps and sequences are averaged to one row for each example. The output layer starts at zero, so that every
-    class is as likely as any other.
+    Feature maps become one row for each example, place by place, or averaged over the places where these are of unknown number
+    or make a long row; sequences are averaged. The output layer starts at zero, so that every class is as likely as any other.
 
     Args:
       backbone: a functional or sequential model; its output has an axis of examples, then places if any, then features.
@@ -117,7 +120,8 @@ def unit_features(backbone: Any) -> Any:
     Raises:
       UnsupportedModelError: the output is not one tensor of two to five axes.
 
-    Source: Tramer & Boneh 2021, section 2, for what scaling features does to private linear models.
+    Source: Tramer & Boneh 2021, section 2, for what scaling features does to private linear models; docs/starting_values.md
+      for what a mean over places costs.
     """
     output = backbone.output
     rank = len(output.shape) if hasattr(output, "shape") else 0
@@ -131,7 +135,10 @@ def unit_features(backbone: Any) -> Any:
             f"the model {backbone.name!r} ends in {backbone.output_shape}, which is no row of features for each example: give "
             "one that ends in features, feature maps or a sequence of features."
         )
-    if rank != 2:
+    size = tf.TensorShape(output.shape[1:]).num_elements()
+    if rank == 4 and size is not None and size <= _MOST_FEATURES:
+        output = keras.layers.Flatten(name=_unused(backbone, "places"))(output)
+    elif rank != 2:
         output = pooling[rank](name=_unused(backbone, "pooled"))(output)
     return keras.layers.UnitNormalization(name=_unused(backbone, "unit_features"))(output)
 

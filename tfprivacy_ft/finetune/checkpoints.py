@@ -70,15 +70,16 @@ class RunFolder:
             if resume:
                 raise InvalidArgumentError("resume=True without a run_dir: give the folder of the run to go on with.")
             return
-        has_ledger, has_run = (self.path / LEDGER_NAME).exists(), (self.path / RUN_NAME).exists()
-        if resume and not (has_ledger and has_run):
+        has_ledger = (self.path / LEDGER_NAME).exists()
+        if resume and not has_ledger:
             raise InvalidArgumentError(f"run_dir={str(self.path)!r} holds no run to go on with: leave resume=True out.")
         if has_ledger and not resume:
             raise InvalidArgumentError(
                 f"run_dir={str(self.path)!r} holds a run already: give resume=True to go on with it, or another folder."
             )
         if resume:
-            self._facts = self._read_facts()
+            # The ledger comes first: a run that was killed between the two has a ledger alone, and is begun anew in it.
+            self._facts = self._read_facts() if (self.path / RUN_NAME).exists() else {}
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -72,11 +72,11 @@ def labelled(examples: Examples, num_classes: int, *, several: bool, name: str =
     classes = np.unique(y)
     if classes[0] < 0 or classes[-1] >= num_classes or not np.array_equal(classes, classes.astype(np.int64)):
         raise DatasetError(
-            f"{name} holds labels from {classes[0]} to {classes[-1]}: give whole numbers from 0 to {num_classes - 1}, one "
-            "for each class of the model."
+            f"{name} holds labels other than the whole numbers from 0 to {num_classes - 1}: give one of these for each example, "
+            "or num_classes for as many classes as there are."
         )
     if several and len(classes) < 2:
-        raise DatasetError(f"{name} holds one class only, {classes[0]}: give examples of at least two classes.")
+        raise DatasetError(f"{name} holds one class only: give examples of at least two classes.")
     return Examples(examples.x, y.astype(np.int32))
 
 

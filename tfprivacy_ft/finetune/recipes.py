@@ -26,7 +26,8 @@ class Recipe:
       learning_rate: > 0, or a Keras schedule.
       optimizer: a Keras optimizer class, or its name, such as `"Adam"`; None for SGD with momentum 0.9.
       noise_ratio: > 0, this stage's noise beside that of the other stages: 2 for twice as much as one with 1.
-      average_weights: decay in (0, 1) of an average of the weights over the steps, which becomes the model; None for none.
+      average_weights: decay in (0, 1) of an average of the weights over the steps, which becomes the model; True for one over
+        about the last quarter of them; None for none.
       augment: an augmentation of `tfprivacy_ft.augmentation`, such as `RandomShift(2)`. It is made anew in every step, but
         for `Head`, whose features are computed once of `augmentations` versions of each example.
       augmentations: K >= 1; the gradients of K versions of an example are averaged before its clip.
@@ -42,7 +43,7 @@ class Recipe:
     learning_rate: Any = None
     optimizer: type | str | None = None
     noise_ratio: float = 1.0
-    average_weights: float | None = None
+    average_weights: float | bool | None = None
     augment: Callable[[Any, Any], Any] | None = None
     augmentations: int = 1
 
@@ -54,7 +55,7 @@ class Recipe:
             _check.positive(l2_norm_clip=self.l2_norm_clip)
         if isinstance(self.learning_rate, int | float):
             _check.positive(learning_rate=self.learning_rate)
-        if self.average_weights is not None:
+        if not (self.average_weights is None or isinstance(self.average_weights, bool)):
             _check.open_unit_interval(average_weights=self.average_weights)
         _check.positive(noise_ratio=self.noise_ratio)
         _check.positive_integer(augmentations=self.augmentations)

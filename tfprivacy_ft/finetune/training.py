@@ -250,7 +250,8 @@ class _Run:
         plan.continue_ledger(ledger)
         stage = stage_makers.prepare(recipe, self._classifier)
         stage.model.compile(_optimizer(recipe, plan), loss=self._loss, metrics=["accuracy"], jit_compile=False)
-        average = None if recipe.average_weights is None else WeightAveraging(recipe.average_weights)
+        decay = None if recipe.average_weights is True else recipe.average_weights
+        average = WeightAveraging(decay) if recipe.average_weights else None
         epochs_done = 0
         if checkpoint is not None:
             _restore(stage.model, average, checkpoint)

@@ -10,8 +10,8 @@ layers = keras.layers
 X = np.random.default_rng(0).normal(size=(6, 8, 8, 1)).astype("float32")
 
 
-def convolutions():
-    inputs = keras.Input((8, 8, 1))
+def convolutions(shape=(8, 8, 1)):
+    inputs = keras.Input(shape)
     output = layers.Conv2D(5, 3, activation="relu", name="filters")(inputs)
     return keras.Model(inputs, output)
 
@@ -30,9 +30,30 @@ def test_a_copy_has_the_values_and_frozen_layers_and_shares_nothing():
 def test_a_new_head_reads_rows_of_unit_length_and_prefers_no_class():
     classifier = backbones.with_new_head(convolutions(), num_classes=3)
     rows = classifier.features.predict(X, verbose=0)
-    assert rows.shape == (6, 5)
+    assert rows.shape == (6, 6 * 6 * 5)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(classifier.model.predict(X, verbose=0), 1 / 3, rtol=1e-5)
+
+
+def test_images_are_read_place_by_place_unless_places_are_many_or_of_unknown_number(monkeypatch):
+    maps = convolutions()
+    (filters,) = (layer for layer in maps.layers if layer.weights)
+    filters.set_weights([filters.get_weights()[0], np.full(5, 0.1)])
+    by_place = maps.predict(X, verbose=0)
+
+    def rows(model):
+        return backbones.with_new_head(model, num_classes=3).features.predict(X, verbose=0)
+
+    def unit(rows):
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    np.testing.assert_allclose(rows(maps), unit(by_place.reshape(6, -1)), rtol=1e-5, atol=1e-6)
+    means = unit(by_place.mean(axis=(1, 2)))
+    any_size = convolutions((None, None, 1))
+    any_size.set_weights(maps.get_weights())
+    np.testing.assert_allclose(rows(any_size), means, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(backbones, "_MOST_FEATURES", 179)
+    np.testing.assert_allclose(rows(maps), means, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [lambda: backbones.with_new_head(convolutions(), 4, hidden_units=(7,)),

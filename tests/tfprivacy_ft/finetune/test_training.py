@@ -13,6 +13,7 @@ import pytest
 from tfprivacy_ft import datasets, ledger, models
 from tfprivacy_ft.clipping import SlowClippingWarning
 from tfprivacy_ft.errors import CheckpointError, DatasetError, InvalidArgumentError, UnsupportedModelError
+from tfprivacy_ft.events import Event
 from tfprivacy_ft.finetune import Bias, Full, Head, LastLayers, LoRA, Staged, features, finetune
 from tfprivacy_ft.keras_compat import keras
 from tfprivacy_ft.overlap import PublicOverlapWarning
@@ -216,12 +217,24 @@ def test_a_checkpoint_without_its_ledger_is_refused(in_one_go, tmp_path):
         killed.run(tmp_path / "copy", resume=True)
 
 
+def test_a_run_that_was_killed_before_it_wrote_what_it_is_begins_anew_in_its_ledger(backbone, tmp_path):
+    with ledger.Ledger.open(tmp_path, delta=1e-4) as begun:
+        begun.reserve(Event.unknown(count=1, noise_multiplier=300.0))
+    recipe = Head(epochs=5)
+    with pytest.raises(InvalidArgumentError, match="holds a run already"):
+        run(backbone, num_classes=2, run_dir=tmp_path, recipe=recipe)
+    result = run(backbone, num_classes=2, run_dir=tmp_path, recipe=recipe, resume=True)
+    first, *others = ledger.read(tmp_path).events
+    assert first.noise_multiplier == 300.0 and others
+    assert result.epsilon <= 2.0
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        ({"y": np.zeros(455)}, DatasetError, "x, y holds one class only, 0"),
-        ({"y": np.full(455, 0.5)}, DatasetError, "give whole numbers from 0 to 1"),
-        ({"y": np.arange(455)}, DatasetError, "labels from 0 to 454"),
+        ({"y": np.zeros(455)}, DatasetError, "x, y holds one class only: give"),
+        ({"y": np.full(455, 0.5)}, DatasetError, "other than the whole numbers from 0 to 1"),
+        ({"y": np.arange(455)}, DatasetError, "holds labels other than"),
         ({"y": np.eye(2)[DATA.y_train]}, DatasetError, "not one-hot rows"),
         ({"x": np.where(DATA.x_train > 0.9, np.nan, DATA.x_train)}, DatasetError, "x, y holds NaN or infinity"),
         ({"x": DATA.x_train.astype(str)}, DatasetError, "x, y holds values of dtype <U"),
