@@ -101,7 +101,7 @@ def test_an_application_is_loaded_from_its_file(keras_files, monkeypatch, tmp_pa
     _write_weights_alone(path, own)
     monkeypatch.setattr(keras_files, "get_file", lambda name, origin, **_: str(tmp_path / name))
     model = weights.load_backbone("MobileNet", (32, 32, 3))
-    assert model.output_shape == (None, 1024)
+    assert model.output_shape == own.output_shape == (None, 1, 1, 1024)
     for ours, theirs in zip(model.get_weights(), own.get_weights(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     path.write_bytes(b"nothing")
