@@ -337,33 +337,37 @@ def solve_noise_multiplier(
     _check.positive(target_epsilon=target_epsilon)
     _check.open_unit_interval(delta=delta)
 
-    def excess_by(measure: Callable[[tuple[_Release, ...]], float]) -> Callable[[float], float]:
-        return lambda noise: _excess(measure(_releases(_one_group(events_for(noise)))), target_epsilon)
+    def excess_by(measure: Callable[..., float]) -> Callable[[float], float]:
+        def rough(noise: float) -> float:
+            releases = _releases(_one_group(events_for(noise)))
+            return _excess(measure(releases, delta=float(delta)), target_epsilon)
 
-    def measure(events: Event | Iterable[Event]) -> float:
-        return epsilon(
-            events, delta, accountant=accountant, value_discretization_interval=value_discretization_interval
-        )
-
-    start, stride = 1.0, 2.0
-    if accountant == "pld" and not _has_closed_form(_releases(_one_group(events_for(1.0)))):
-        # Milliseconds by RDP, then a coarse grid, leave only two or three looks at the fine grid.
-        for look, next_stride in ((_rdp_epsilon, 1.1), (_coarse_epsilon, 1.0005)):
-            rough = excess_by(functools.partial(look, delta=float(delta)))
-            bracket = _bracket_noise(rough, start, stride)
-            if bracket is not None:
-                start, stride = _narrow_noise(rough, bracket).feasible, next_stride
+        return rough
 
     def excess(noise: float) -> float:
-        return _excess(measure(events_for(noise)), target_epsilon)
+        spent = epsilon(
+            events_for(noise),
+            delta,
+            accountant=accountant,
+            value_discretization_interval=value_discretization_interval,
+        )
+        return _excess(spent, target_epsilon)
 
-    bracket = _bracket_noise(excess, start, stride)
+    start = _START
+    # A formula, then a coarse grid for a tenth of the time, leave two or three looks at the fine grid.
+    for look in (_limit_epsilon, _coarse_epsilon) if accountant == "pld" else (_limit_epsilon,):
+        rough = excess_by(look)
+        bracket = _bracket_noise(rough, start)
+        if bracket is not None:
+            start = _narrow_noise(rough, bracket, _ROUGH_TOLERANCE).root
+    bracket = _bracket_noise(excess, start)
     if bracket is None:
         raise InvalidArgumentError(
             f"target_epsilon={target_epsilon} is not met by any noise multiplier between {_LEAST_NOISE:g} and "
             f"{_MOST_NOISE:g}, or by all of them: change target_epsilon or the releases."
         )
-    return _narrow_noise(excess, bracket).feasible  # the promise: this side was accounted and is within the target
+    # The promise: this side was accounted and is within the target.
+    return _narrow_noise(excess, bracket, _NOISE_TOLERANCE).feasible
 
 
 def solve_steps(
@@ -503,7 +507,7 @@ def solve_batch_size(
         return most
     start = 1
     if accountant == "pld" and not _has_closed_form(_releases(_one_group(events_for(1)))):
-        for look in (_rdp_epsilon, _coarse_epsilon):  # as in `solve_noise_multiplier`
+        for look in (_limit_epsilon, _coarse_epsilon):  # as in `solve_noise_multiplier`
             rough = functools.partial(look, delta=float(delta))
             start = max(1, _largest_count(functools.partial(excess, measure=rough), start, most - 1))
     return _largest_count(functools.partial(excess, measure=exact), start, most - 1)
@@ -737,12 +741,12 @@ def quiet_accountant() -> Iterator[Any]:
 
 
 @functools.lru_cache(maxsize=256)
-def _rdp_of_one(release: _Release) -> tuple[Any, Any]:
+def _rdp_of_one(release: _Release, orders: tuple[int, ...] | None = None) -> tuple[Any, Any]:
     """The Renyi orders, and the divergence of one such release at each; infinite where it could not be computed."""
     import numpy as np
 
     if release.mechanism == "laplace":
-        return _rdp_of_one_laplace(release)
+        return _rdp_of_one_laplace(release, orders)
     with quiet_accountant() as dp_accounting:
         event = dp_accounting.GaussianDpEvent(release.noise_of_group)
         relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
@@ -752,7 +756,7 @@ def _rdp_of_one(release: _Release) -> tuple[Any, Any]:
             event = dp_accounting.SampledWithoutReplacementDpEvent(release.population, release.cohort_size, event)
             relation = dp_accounting.NeighboringRelation.REPLACE_ONE
         divergences = []
-        orders = dp_accounting.rdp.RdpAccountant(None, relation).orders
+        orders = dp_accounting.rdp.RdpAccountant(orders, relation).orders
         with np.errstate(all="ignore"):
             for order in orders:
                 try:
@@ -767,27 +771,27 @@ def _rdp_of_one(release: _Release) -> tuple[Any, Any]:
     return orders, np.array(divergences)
 
 
-def _rdp_of_one_laplace(release: _Release) -> tuple[Any, Any]:
+def _rdp_of_one_laplace(release: _Release, orders: tuple[int, ...] | None) -> tuple[Any, Any]:
     """The most that its pure epsilon allows for, whichever way the noise on many numbers shares the sensitivity."""
     import numpy as np
 
-    orders = _rdp_of_one(_Release("everyone", 1.0, 1))[0]
+    orders = _rdp_of_one(_Release("everyone", 1.0, 1), orders)[0]
     divergences = [pure.randomized_response_divergence(release.pure_epsilon, float(order)) for order in orders]
     return orders, np.array(divergences) + _ROUNDING / (np.asarray(orders) - 1)
 
 
-def _rdp_of_all(releases: tuple[_Release, ...]) -> tuple[Any, Any]:
+def _rdp_of_all(releases: tuple[_Release, ...], orders: tuple[int, ...] | None = None) -> tuple[Any, Any]:
     """The Renyi orders, and the divergence of all releases together at each."""
-    orders, total = _rdp_of_one(releases[0]._replace(times=1))
+    looked_at, total = _rdp_of_one(releases[0]._replace(times=1), orders)
     total = releases[0].times * total
     for release in releases[1:]:
-        total = total + release.times * _rdp_of_one(release._replace(times=1))[1]
-    return orders, total
+        total = total + release.times * _rdp_of_one(release._replace(times=1), orders)[1]
+    return looked_at, total
 
 
 @functools.lru_cache(maxsize=1024)
-def _rdp_epsilon(releases: tuple[_Release, ...], delta: float) -> float:
-    """Divergences add up over releases; the best order gives epsilon.
+def _rdp_epsilon(releases: tuple[_Release, ...], delta: float, orders: tuple[int, ...] | None = None) -> float:
+    """Divergences add up over releases; the best order gives epsilon, those of dp_accounting or the few that are given.
 
     Source: Canonne, Kamath, Steinke 2020, "The Discrete Gaussian for Differential Privacy", Proposition 12.
     """
@@ -796,15 +800,16 @@ def _rdp_epsilon(releases: tuple[_Release, ...], delta: float) -> float:
     if any(release.noise_multiplier == 0 for release in releases):
         return math.inf
     if _needs_lemma(releases):
-        return min(_by_group_lemma(_rdp_epsilon, releases, delta), _unsampled_epsilon(releases, delta))
+        by_lemma = _by_group_lemma(functools.partial(_rdp_epsilon, orders=orders), releases, delta)
+        return min(by_lemma, _unsampled_epsilon(releases, delta))
     bound = _pure_epsilon(releases)
     bound = math.inf if bound is None else bound
-    orders, total = _rdp_of_all(releases)
+    looked_at, total = _rdp_of_all(releases, orders)
     usable = [i for i, divergence in enumerate(total) if math.isfinite(divergence)]
     if not usable:
         return bound
     with quiet_accountant() as dp_accounting:
-        return min(bound, float(dp_accounting.rdp.compute_epsilon(orders[usable], total[usable], delta)[0]))
+        return min(bound, float(dp_accounting.rdp.compute_epsilon(looked_at[usable], total[usable], delta)[0]))
 
 
 # Groups: all examples of one user.
@@ -843,6 +848,7 @@ def _by_group_lemma(
 
 _MOST_CELLS = 500_000  # of a grid of losses; one evaluation then takes about a second at most
 _MOST_PURE_EPSILON = 500.0  # the exponential of larger ones is beyond floating point
+_FEW_ORDERS = (3, 4, 5, 6, 8, 10, 12, 16, 24, 32)  # of dp_accounting's own, all quick to compute
 _TAIL = 1e-22  # the mass that PLD's own truncation leaves out, about e^-50
 
 
@@ -893,20 +899,42 @@ def _default_interval(releases: tuple[_Release, ...]) -> float:
     if not gaussian and len(pure_epsilons) == 1:
         return pure_epsilons.pop()  # all losses are multiples of it: nothing is rounded
     of_one = max([*pure_epsilons, *(10 / noise + 0.5 / noise**2 for noise in gaussian)])
-    largest = max(of_one, _rdp_epsilon(releases, _TAIL))
-    if not math.isfinite(largest):
-        largest = of_one + _unsampled_epsilon(releases, _TAIL)
     # The loss of a mixture is found cell by cell, which takes half a minute on the finer grid.
     finest = 10 * DEFAULT_DISCRETIZATION if _needs_lemma(releases) and _has_mixtures() else DEFAULT_DISCRETIZATION
     # The loss of a pure mechanism is one number, rounded up to the grid.
-    finest = min([finest, *(of_one / 200 for of_one in pure_epsilons)])
+    finest = min([finest, *(one / 200 for one in pure_epsilons)])
+    # All orders find a bound that is no larger: where a few show that the finest grid fits, they need not be looked at.
+    if max(of_one, _rdp_epsilon(releases, _TAIL, _FEW_ORDERS)) <= finest * _MOST_CELLS:
+        return finest
+    largest = max(of_one, _rdp_epsilon(releases, _TAIL))
+    if not math.isfinite(largest):
+        largest = of_one + _unsampled_epsilon(releases, _TAIL)
     doublings = max(0, math.ceil(math.log2(largest / finest / _MOST_CELLS)))
     return finest * 2**doublings
+
+
+def _limit_epsilon(releases: tuple[_Release, ...], delta: float) -> float:
+    """A guess, for the searches to start from: the Gaussian mechanism that many releases come near to. No bound.
+
+    Source: Bu, Dong, Long, Su 2020, "Deep Learning with Gaussian Differential Privacy", Corollary 4.
+    """
+    mu_squared = 0.0
+    for release in releases:
+        if release.noise_multiplier == 0:
+            return math.inf
+        q = release.cohort_size / release.population if release.drawn == "fixed" else release.sampling_probability
+        mu_squared_of_one = (release.group / release.noise_multiplier) ** 2
+        if q < 1:
+            amplified = (q * release.group) ** 2 * math.expm1(min(release.noise_multiplier**-2, 700.0))
+            mu_squared_of_one = min(amplified, mu_squared_of_one)
+        mu_squared += release.times * mu_squared_of_one
+    return _gaussian_epsilon(math.sqrt(mu_squared), delta)
 
 
 def _coarse_epsilon(releases: tuple[_Release, ...], delta: float) -> float:
     """A quick look, for the searches: ten times the default grid, where there is one."""
     exact = _has_closed_form(releases) or all(release.mechanism == "laplace" for release in releases)
+    exact = exact or any(release.noise_multiplier == 0 for release in releases)  # no privacy, and no grid
     return _pld_epsilon(releases, delta, None if exact else 10 * _default_interval(releases))
 
 
@@ -958,6 +986,7 @@ def _pld_epsilon(releases: tuple[_Release, ...], delta: float, interval: float |
 
 _LEAST_NOISE, _MOST_NOISE = 1e-3, 1e7
 _NOISE_TOLERANCE = 1e-4  # relative
+_ROUGH_TOLERANCE = 5e-3  # a straight line across is closer to the answer than `_NOISE_TOLERANCE` by far
 _FAR = 50.0  # stands for an infinitely bad or good fit, so that the searches can interpolate
 
 
@@ -968,6 +997,17 @@ def _excess(spent: float, target: float) -> float:
     return max(-_FAR, math.log(spent / target)) if spent > 0 else -_FAR
 
 
+class _Start(NamedTuple):
+    """Where a search for noise begins: how far the first stride goes, and what is known of excess over log(noise)."""
+
+    noise: float
+    stride: float  # in log(noise)
+    steepness: float  # by how much excess falls
+
+
+_START = _Start(1.0, math.log(2), 1.0)  # epsilon falls at least as fast as noise grows
+
+
 class _Bracket(NamedTuple):
     """Two noise multipliers with the answer between them, and by how much each misses or meets the target."""
 
@@ -976,15 +1016,27 @@ class _Bracket(NamedTuple):
     feasible: float
     feasible_excess: float
 
+    @property
+    def width(self) -> float:
+        return math.log(self.feasible / self.too_small)
 
-def _bracket_noise(excess: Callable[[float], float], start: float, stride: float) -> _Bracket | None:
+    @property
+    def root(self) -> _Start:
+        """The straight line between the two: from where it meets the target, one stride closes a bracket."""
+        fall = self.too_small_excess - self.feasible_excess
+        noise = self.too_small * math.exp(self.width * self.too_small_excess / fall)
+        return _Start(noise, 0.95 * _NOISE_TOLERANCE, max(fall / self.width, 0.5))
+
+
+def _bracket_noise(excess: Callable[[float], float], start: _Start) -> _Bracket | None:
     """Walks from `start` in growing strides until the target lies between two neighbours; None if it never does."""
-    noise, miss = start, excess(start)
+    noise, stride, steepness = start
+    reach = 0.5
+    miss = excess(noise)
     upwards = miss > 0
     while True:
-        # Epsilon falls a little faster than noise grows, so that a stride as long as the miss just passes the target.
-        stride = max(stride, math.exp(1.05 * min(abs(miss), 0.5)))
-        following = noise * stride if upwards else noise / stride
+        step = max(stride, min(abs(miss) / steepness, reach) + stride / 2)
+        following = noise * math.exp(step if upwards else -step)
         if not _LEAST_NOISE <= following <= _MOST_NOISE:
             return None
         following_miss = excess(following)
@@ -992,28 +1044,36 @@ def _bracket_noise(excess: Callable[[float], float], start: float, stride: float
             return _Bracket(noise, miss, following, following_miss)
         if not upwards and following_miss > 0:
             return _Bracket(following, following_miss, noise, miss)
-        noise, miss, stride = following, following_miss, stride**2
+        steepness = max(abs(following_miss - miss) / step, 0.5)
+        noise, miss, stride, reach = following, following_miss, 2 * stride, 2 * reach
 
 
-def _narrow_noise(excess: Callable[[float], float], bracket: _Bracket) -> _Bracket:
-    """Regula falsi on log(noise), Illinois variant, until the bracket is `_NOISE_TOLERANCE` wide."""
-    weight_small = weight_feasible = 1.0
+def _narrow_noise(excess: Callable[[float], float], bracket: _Bracket, tolerance: float) -> _Bracket:
+    """Regula falsi on log(noise), Illinois variant, until the bracket is `tolerance` wide."""
+    over, under = bracket.too_small_excess, -bracket.feasible_excess  # halved where a side stays for a second time
+    was_feasible = None
     for _ in range(200):
-        width = math.log(bracket.feasible / bracket.too_small)
-        if width <= _NOISE_TOLERANCE:
+        width = bracket.width
+        if width <= tolerance:
             break
-        over, under = weight_small * bracket.too_small_excess, -weight_feasible * bracket.feasible_excess
-        share = over / (over + under) if over + under > 0 else 0.5
-        # Aim half a tolerance past the root, so that the two last points close the bracket from both sides.
-        step = min(max(share * width, 0.4 * _NOISE_TOLERANCE), width - 0.4 * _NOISE_TOLERANCE)
+        to_root = width * (over / (over + under) if over + under > 0 else 0.5)
+        # Past the root, near enough for the next look, on the other side of it, to close the bracket.
+        if to_root <= 0.6 * tolerance:
+            step = 0.95 * tolerance
+        elif width - to_root <= 0.6 * tolerance:
+            step = width - 0.95 * tolerance
+        else:
+            step = to_root + 0.4 * tolerance
         noise = bracket.too_small * math.exp(step)
         miss = excess(noise)
-        if miss > 0:
-            bracket = bracket._replace(too_small=noise, too_small_excess=miss)
-            weight_small, weight_feasible = 1.0, weight_feasible / 2
+        feasible = miss <= 0
+        if feasible:
+            bracket, under = bracket._replace(feasible=noise, feasible_excess=miss), -miss
+            over /= 2 if was_feasible else 1
         else:
-            bracket = bracket._replace(feasible=noise, feasible_excess=miss)
-            weight_small, weight_feasible = weight_small / 2, 1.0
+            bracket, over = bracket._replace(too_small=noise, too_small_excess=miss), miss
+            under /= 2 if was_feasible is False else 1
+        was_feasible = feasible
     return bracket
 
 

@@ -204,7 +204,7 @@ def test_a_large_delta_is_warned_about():
 noises = st.floats(0.6, 20.0)
 rates = st.floats(1e-3, 0.5)
 counts = st.integers(1, 3000)
-quick = settings(max_examples=15, deadline=None, derandomize=True)
+quick = settings(max_examples=8, deadline=None, derandomize=True)
 
 
 def spend(accountant, q, noise, steps):
@@ -339,6 +339,33 @@ def test_solved_noise_keeps_the_promise_and_wastes_nothing(q, steps, target):
     assert accounting.epsilon(poisson(q, solved * 0.999, steps), 1e-5) > target
 
 
+@pytest.mark.parametrize(
+    ("events", "target", "delta"),
+    [
+        (lambda z: poisson(4096 / 60_000, z, 586), 3.0, 1e-5),
+        (lambda z: poisson(125 / 455, z, 73), 1.0, 1e-3),
+        (lambda z: [poisson(0.2, z, 200), poisson(0.1, 1.5 * z, 100)], 3.0, 1e-5),
+    ],
+)
+def test_noise_is_solved_for_in_a_few_looks_at_the_fine_grid(events, target, delta, monkeypatch):
+    looks, measure = [], accounting._pld_epsilon
+    monkeypatch.setattr(accounting, "_pld_epsilon", lambda *given: looks.append(given) or measure(*given))
+    accounting.solve_noise_multiplier(target_epsilon=target, delta=delta, events_for=events)
+    fine = [interval for _, _, interval in looks if interval is None]
+    assert len(fine) <= 3 and len(looks) <= 12
+
+
+@pytest.mark.parametrize(
+    ("q", "noise", "steps"), [(0.07, 2.5, 600), (1e-3, 0.7, 10**5), (0.3, 1.1, 500), (0.5, 0.4, 9)]
+)
+def test_a_few_orders_choose_the_grid_that_all_do(q, noise, steps, monkeypatch):
+    releases = accounting._releases([poisson(q, noise, steps)])
+    quick = accounting._default_interval(releases)
+    monkeypatch.setattr(accounting, "_FEW_ORDERS", (1.1,))  # too few to show anything, so all are looked at
+    assert accounting._rdp_epsilon(releases, accounting._TAIL, (1.1,)) > 50
+    assert accounting._default_interval(releases) == quick
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(passes=st.integers(1, 500), target=st.floats(0.01, 100.0), delta=st.sampled_from([1e-9, 1e-5, 1e-2]))
 def test_solved_noise_is_never_less_private_than_asked(passes, target, delta):
@@ -364,6 +391,17 @@ def test_a_target_that_no_noise_reaches_is_refused(accountant):
             accounting.solve_noise_multiplier(
                 target_epsilon=1.0, delta=1e-5, events_for=events_for, accountant=accountant
             )
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_after_a_release_without_noise_no_noise_reaches_the_target(accountant):
+    with pytest.raises(InvalidArgumentError, match="not met by any noise multiplier"):
+        accounting.solve_noise_multiplier(
+            target_epsilon=1.0,
+            delta=1e-5,
+            events_for=lambda z: [poisson(0.1, z, 10), poisson(0.1, 0.0, 1)],
+            accountant=accountant,
+        )
 
 
 @pytest.mark.parametrize("target", [0, -1, math.inf, math.nan])
