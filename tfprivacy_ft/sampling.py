@@ -70,6 +70,8 @@ class Sampling:
 
 UNKNOWN = Sampling("unknown")
 
+_ALIGNMENT = 64  # bytes, of the memory in which TensorFlow keeps a tensor
+
 PADDING = -0.0  # the weight of rows that only fill a batch: zero to Keras, and known to the clipping engine by its sign
 
 
@@ -126,7 +128,8 @@ def poisson_batches(
     held = rows_per_example if augment is None else 1  # rows of each example in the arrays
     size = number_of_examples(x, y, sample_weight, rows_per_example=held)
     weights = np.ones(size * held, np.float32) if sample_weight is None else np.asarray(sample_weight, np.float32)
-    arrays = tf.nest.map_structure(np.asarray, (nested_arrays(x), nested_arrays(y)))
+    # In one piece, since `np.take` copies what is not, all of it at each draw.
+    arrays = tf.nest.map_structure(np.ascontiguousarray, (nested_arrays(x), nested_arrays(y)))
     _check.positive(batch_size=batch_size)
     _check.at_most("the number of examples", size, batch_size=batch_size)
     steps = math.ceil(size / batch_size) if steps is None else steps
@@ -240,8 +243,21 @@ def _usual_size(batch_size: float, size: int, parts: int) -> int:
 
 def _take(array: np.ndarray, chosen: np.ndarray, rows: int, fill: float | None = None) -> np.ndarray:
     """The chosen rows, then rows of `fill`, or of zeros (empty strings)."""
-    batch = np.zeros([rows, *array.shape[1:]], array.dtype)
-    if fill is not None:
-        batch[...] = fill
-    batch[: len(chosen)] = array[chosen]
+    if len(chosen) == len(array) == rows:
+        return array  # all of them, in their order
+    batch = aligned(array.dtype, (rows, *array.shape[1:]))
+    # Every index is of a row, and with the mode "raise" NumPy would gather into a buffer of its own first.
+    np.take(array, chosen, axis=0, out=batch[: len(chosen)], mode="clip")
+    nothing = b"" if array.dtype.hasobject else np.zeros([], array.dtype)  # objects are texts to TensorFlow
+    batch[len(chosen) :] = nothing if fill is None else fill
     return batch
+
+
+def aligned(dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """An array without values, which TensorFlow takes as it is if it holds numbers: one that begins elsewhere is copied."""
+    if dtype.hasobject:
+        return np.empty(shape, dtype)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)

@@ -5,8 +5,9 @@ import pytest
 import tensorflow as tf
 from helpers import CrossEntropy, compile_for_sum, global_norm, layers, trainable_values
 
+from tfprivacy_ft import sampling
 from tfprivacy_ft.errors import DatasetError, InvalidArgumentError
-from tfprivacy_ft.sampling import UNKNOWN, Sampling, poisson_batches, repeats_before_batching
+from tfprivacy_ft.sampling import UNKNOWN, Sampling, aligned, poisson_batches, repeats_before_batching
 
 
 def drawn(dataset):
@@ -58,6 +59,35 @@ def test_lists_of_arrays_are_several_inputs_and_padding_is_marked():
     assert not any(np.signbit(w).any() for _, _, w in drawn(zero))  # the user's own zeros are no padding
     with pytest.raises(DatasetError, match="None"):
         poisson_batches(np.ones(9), None, batch_size=3)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.arange(24).reshape(8, 3).astype("uint8"),
+        np.arange(24.0).reshape(3, 8).T,  # not in one piece
+        np.arange(48.0).reshape(8, 6)[::-1, ::2],
+        np.arange(8) % 2 == 1,
+        np.array(["a", "bb", "ccc", "", "d", "e", "f", "g"]),
+        np.array([b"a", b"bb", b"ccc", b"", b"d", b"e", b"f", b"g"], object),
+    ],
+    ids=["uint8", "transposed", "strided", "bool", "text", "objects"],
+)
+def test_rows_of_every_kind_are_drawn_as_they_are_and_padded_with_nothing(rows):
+    order = np.arange(8)
+    ((x, index, weight),) = drawn(poisson_batches(rows, order, batch_size=8, steps=1, pad_to=11))
+    np.testing.assert_array_equal(index[:8], order)
+    np.testing.assert_array_equal(x[:8].astype(rows.dtype), rows)
+    assert len(x) == 11 and not weight[8:].any() and not x[8:].any()
+
+
+def test_tensorflow_reads_a_batch_where_it_was_drawn(monkeypatch):
+    """Copies of rows as long as features cost more than a step on them."""
+    taken, take = [], sampling._take
+    monkeypatch.setattr(sampling, "_take", lambda *args, **kwargs: taken.append(take(*args, **kwargs)) or taken[-1])
+    x, _, _ = next(iter(poisson_batches(np.ones([300, 50], np.float32), np.ones(300), batch_size=150)))
+    taken[0][...] = 7.0
+    assert (x.numpy() == 7.0).all()
 
 
 def test_an_empty_draw_is_one_row_of_weight_zero():
@@ -153,3 +183,17 @@ ROWS = tf.data.Dataset.from_tensor_slices((np.ones([20, 2]), np.ones(20)))
 )
 def test_rows_that_are_repeated_before_they_are_batched_are_seen(repeats, dataset):
     assert repeats_before_batching(dataset) == repeats
+
+
+def test_a_batch_of_everybody_is_the_array_itself_and_training_leaves_it_as_it_is():
+    x = aligned(np.dtype(np.float32), (32, 3))
+    x[:] = np.random.default_rng(0).normal(size=x.shape)
+    before = x.copy()
+    ((batch, _, _),) = poisson_batches(x, np.zeros(32), batch_size=32)
+    assert np.asarray(memoryview(batch)).ctypes.data == x.ctypes.data  # no copy of what may be a gigabyte
+    forget = tf.function(lambda rows: tf.nn.relu(rows * 0.0) + 1.0)  # which would do for an operation in place
+    forget(batch)
+    np.testing.assert_array_equal(x, before)
+    (batch,) = poisson_batches(x, np.zeros(32), batch_size=32).map(lambda rows, y, w: rows * 0.0)
+    np.testing.assert_array_equal(batch, 0 * before)
+    np.testing.assert_array_equal(x, before)
