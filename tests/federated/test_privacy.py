@@ -209,14 +209,16 @@ def test_both_engines_train_alike(tff, make_process, build, shape):
             for n in (1, 9, 23)
         ]
     )
-    options = {"l2_norm_clip": 0.1, "server_optimizer": server_optimizers.Adam(0.01), "shards": 2, "clients_at_once": 1}
+    # A small epsilon would blow up how two orders of a sum differ wherever a gradient is next to nothing.
+    adam = server_optimizers.Adam(0.01, epsilon=1e-3)
+    options = {"l2_norm_clip": 0.1, "server_optimizer": adam, "shards": 2, "clients_at_once": 1}
     processes = [make_process(build, engine=engine, **options) for engine in ("tff", "tensorflow")]
     start = build()
     states = [process.start_from(start) for process in processes]
     for _ in range(3):
         states = [process.next(state, clients).state for process, state in zip(processes, states, strict=True)]
     after = [flat(process, state) for process, state in zip(processes, states, strict=True)]
-    np.testing.assert_allclose(*after, atol=1e-5)
+    np.testing.assert_allclose(*after, atol=2e-6)
     before = np.concatenate([v.numpy().ravel() for v in start.trainable_weights])
     assert np.abs(after[0] - before).max() > 1e-3
 
