@@ -4,8 +4,7 @@ This package imports `tfprivacy_ft`, never the other way round, and is the only 
 Public names load when they are first used; TensorFlow Federated loads when a process is built.
 """
 
-import importlib
-from typing import Any
+from tfprivacy_ft import _lazy
 
 # Public name -> the module it lives in.
 _HOMES = {
@@ -59,14 +58,4 @@ _MODULES = (
 
 __all__ = [*_HOMES, *_MODULES]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = _lazy.loading(__name__, _HOMES, _MODULES)

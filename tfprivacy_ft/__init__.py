@@ -3,10 +3,10 @@
 Public names load when they are first used: `import tfprivacy_ft` and everything about epsilon need no TensorFlow.
 """
 
-import importlib
 import os
 import sys
-from typing import Any
+
+from tfprivacy_ft import _lazy
 
 __version__ = "0.1.0"
 
@@ -52,14 +52,4 @@ _MODULES = (
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = _lazy.loading(__name__, _HOMES, _MODULES)

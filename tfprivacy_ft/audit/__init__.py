@@ -3,8 +3,7 @@
 Public names load when they are first used: the bounds by themselves need no TensorFlow.
 """
 
-import importlib
-from typing import Any
+from tfprivacy_ft import _lazy
 
 # Public name -> the module it lives in.
 _HOMES = {
@@ -16,12 +15,4 @@ _HOMES = {
 
 __all__ = ["AuditResult", "Canaries", "epsilon_lower_bound", "p_value"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = _lazy.loading(__name__, _HOMES)
