@@ -18,8 +18,9 @@ import numpy as np
 from tfprivacy_ft import images, tables
 from tfprivacy_ft.encoding import Encoding
 from tfprivacy_ft.errors import DatasetError, InvalidArgumentError
+from tfprivacy_ft.tokens import Tokens
 
-__all__ = ["Rows", "Schema", "as_inputs", "parse_size", "read", "read_json"]
+__all__ = ["Rows", "Schema", "as_inputs", "parse_size", "read", "read_inputs", "read_json"]
 
 # Names under which files keep inputs and labels to train on, and to test on.
 _ARRAYS = (("x", "y"), ("x_train", "y_train"), ("train_images", "train_labels"))
@@ -40,6 +41,7 @@ class Schema:
         image_size: (height, width) to which images are scaled; None where all have one size.
         channels: 1 or 3, of images; None for what all of them have.
         encoding: What is known of the columns.
+        tokens: The column of text to learn from, and how it becomes tokens, in place of features.
         pixels: How pixels were scaled, in words, for who reads later images; reading does not use it.
 
     Raises:
@@ -57,6 +59,7 @@ class Schema:
     image_size: tuple[int, int] | None = None
     channels: int | None = None
     encoding: Encoding = dataclasses.field(default_factory=Encoding)
+    tokens: Tokens | None = None
     pixels: str | None = None
 
     def __post_init__(self) -> None:
@@ -67,6 +70,12 @@ class Schema:
         if self.features is not None and self.image_column is not None:
             raise InvalidArgumentError(
                 f"image_column={self.image_column!r} stands for all features: leave out --features."
+            )
+        others = (self.features, self.image_column, self.image_size, self.channels)
+        if self.tokens is not None and (any(each is not None for each in others) or self.encoding != Encoding()):
+            raise InvalidArgumentError(
+                f"tokens={self.tokens.column!r} stands for all features: leave out --features, --text, --bounds, --categories "
+                "and what is said of images."
             )
 
     @property
@@ -81,6 +90,7 @@ class Schema:
         known = self.encoding.to_json() if self.encoding != Encoding() else {}
         if self.image_size is not None:
             values["image_size"] = f"{self.image_size[0]}x{self.image_size[1]}"
+        values["tokens"] = None if self.tokens is None else self.tokens.to_json()
         for name in ("classes", "features"):
             values[name] = list(values[name]) if isinstance(values[name], tuple) else values[name]
         return {name: value for name, value in values.items() if value is not None} | known
@@ -104,6 +114,8 @@ class Schema:
                 )
         if "image_size" in own:
             own["image_size"] = parse_size(own["image_size"])
+        if "tokens" in own:
+            own["tokens"] = Tokens.from_json(own["tokens"])
         own |= {name: tuple(own[name]) for name in ("classes", "features") if isinstance(own.get(name), list)}
         return cls(**own, encoding=Encoding.from_json({name: values[name] for name in values if name in _ENCODING}))
 
@@ -116,10 +128,10 @@ class Schema:
         """
         path = pathlib.Path(data)
         if path.is_dir():
-            if isinstance(self.classes, int) or self.label or self.features or self.image_column:
+            if isinstance(self.classes, int) or self.label or self.features or self.image_column or self.tokens:
                 raise InvalidArgumentError(
-                    f"data={str(path)!r} is a folder of images, whose sub-folders are the classes: leave out --label, --features "
-                    "and --image-column, and give --classes by name or not at all."
+                    f"data={str(path)!r} is a folder of images, whose sub-folders are the classes: leave out --label, "
+                    "--features, --tokens and --image-column, and give --classes by name or not at all."
                 )
             return
         tables.check_suffix(path)
@@ -138,6 +150,7 @@ _KINDS: dict[str, Any] = {
     "image_column": str,
     "image_size": str,
     "channels": int,
+    "tokens": dict,
     "pixels": str,
 }
 
@@ -152,6 +165,7 @@ class Rows:
         num_classes: How many classes there are.
         test: Rows to measure on, like x and y; None for none.
         schema: With what these rows were read, all defaults put in.
+        public: Inputs like x, of public data that the model has learned from; None for none.
     """
 
     x: np.ndarray = dataclasses.field(repr=False)
@@ -159,6 +173,7 @@ class Rows:
     num_classes: int
     test: tuple[np.ndarray, np.ndarray] | None = dataclasses.field(default=None, repr=False)
     schema: Schema = dataclasses.field(default_factory=Schema)
+    public: np.ndarray | None = dataclasses.field(default=None, repr=False)
 
     @property
     def are_pixels(self) -> bool:
@@ -166,9 +181,10 @@ class Rows:
         return self.x.dtype == np.uint8
 
     def with_inputs(self, change: Callable[[np.ndarray], np.ndarray]) -> "Rows":
-        """The same with other inputs, of the test rows, too."""
+        """The same with other inputs, of the test rows and the public ones, too."""
         test = None if self.test is None else (change(self.test[0]), self.test[1])
-        return dataclasses.replace(self, x=change(self.x), test=test)
+        public = None if self.public is None else change(self.public)
+        return dataclasses.replace(self, x=change(self.x), test=test, public=public)
 
     def hold_out(self, share: float) -> "Rows":
         """The same with a share of the rows to measure on in place of training: the same ones at each call.
@@ -224,9 +240,41 @@ def read(data: str | os.PathLike[str], schema: Schema, *, progress: Callable[[in
         return _from_arrays(path, table, schema)
     y = tables.class_labels(table, schema.label, _classes_of(schema))
     if schema.image_column is not None:
-        files = [path.parent / name for name in tables.texts(table, schema.image_column)]
-        return _of_images(files, y, schema, progress)
+        return _of_images(_image_files(path, table, schema.image_column), y, schema, progress)
     return _from_columns(table, y, schema)
+
+
+def read_inputs(
+    data: str | os.PathLike[str], schema: Schema, *, progress: Callable[[int, int], None] | None = None
+) -> np.ndarray:
+    """The inputs alone, as `read` reads them, whatever the labels are, if there are any.
+
+    Args:
+        data: As of `read`.
+        schema: What `read` returned with other rows.
+        progress: As of `read`.
+
+    Raises:
+        DatasetError: It cannot be read, or holds something else than the schema says.
+        InvalidArgumentError: The schema does not fit.
+
+    Example:
+        >>> import tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "table.npz"
+        >>> np.savez(path, age=[30, 60])
+        >>> read_inputs(path, Schema(label="ill", classes=2, features=("age",))).tolist()
+        [[30.0], [60.0]]
+    """
+    path = pathlib.Path(data)
+    if path.is_dir():
+        return _pixels(images.class_folders(path)[0], schema, progress)
+    table = tables.read_table(path)
+    if schema.image_column is not None:
+        return _pixels(_image_files(path, table, schema.image_column), schema, progress)
+    features = schema.features
+    if features is None and schema.tokens is None:
+        features = [_arrays_in(path, table)[0]]
+    return _inputs(table, features or (), schema)
 
 
 def as_inputs(x: np.ndarray, schema: Schema) -> np.ndarray:
@@ -281,23 +329,41 @@ def _classes_of(schema: Schema) -> int | Sequence[str]:
     return schema.classes
 
 
+def _image_files(path: pathlib.Path, table: Mapping[Any, Any], name: str) -> list[pathlib.Path]:
+    return [path.parent / each for each in tables.texts(table, name)]
+
+
 def _of_images(
     files: Sequence[pathlib.Path], y: np.ndarray, schema: Schema, progress: Callable[[int, int], None] | None
 ) -> Rows:
-    x = images.read_images(files, size=schema.image_size, channels=schema.channels, progress=progress)
+    x = _pixels(files, schema, progress)
     seen = dataclasses.replace(schema, image_size=(x.shape[1], x.shape[2]), channels=x.shape[3])
     return Rows(x, y, schema.num_classes, schema=seen)
 
 
+def _pixels(files: Sequence[pathlib.Path], schema: Schema, progress: Callable[[int, int], None] | None) -> np.ndarray:
+    return images.read_images(files, size=schema.image_size, channels=schema.channels, progress=progress)
+
+
 def _from_columns(table: Mapping[Any, Any], y: np.ndarray, schema: Schema) -> Rows:
-    rest = [name for name in tables.names(table) if name != schema.label]
-    features = rest if schema.features is None else list(schema.features)
-    if schema.label in features:
+    used = [name for name in tables.names(table) if name != schema.label]
+    if schema.tokens is not None:
+        used = [schema.tokens.column]
+    elif schema.features is not None:
+        used = list(schema.features)
+    if schema.label in used:
         raise DatasetError(f"column {schema.label!r} is the label and cannot be a feature: take it out of features.")
-    x = as_inputs(schema.encoding.encode(table, features), schema)
+    x = _inputs(table, used, schema)
     schema.encoding.refuse_unused_categories(table)
     _refuse_other_lengths(x, y)
-    return Rows(x, y, schema.num_classes, schema=dataclasses.replace(schema, features=tuple(features)))
+    features = None if schema.tokens is not None else tuple(used)
+    return Rows(x, y, schema.num_classes, schema=dataclasses.replace(schema, features=features))
+
+
+def _inputs(table: Mapping[Any, Any], features: Sequence[Any], schema: Schema) -> np.ndarray:
+    if schema.tokens is not None:
+        return schema.tokens.encode(tables.texts(table, schema.tokens.column))
+    return as_inputs(schema.encoding.encode(table, features), schema)
 
 
 def _from_arrays(path: pathlib.Path, table: Mapping[Any, Any], schema: Schema) -> Rows:
@@ -305,17 +371,23 @@ def _from_arrays(path: pathlib.Path, table: Mapping[Any, Any], schema: Schema) -
 
     def pair(x_name: str, y_name: str) -> tuple[np.ndarray, np.ndarray]:
         y = tables.class_labels(table, y_name, _classes_of(schema))
-        x = as_inputs(schema.encoding.encode(table, [x_name]), schema)
+        x = _inputs(table, [x_name], schema)
         _refuse_other_lengths(x, y)
         return x, y
 
+    found = _arrays_in(path, table)
+    test = next((names for names in _TEST_ARRAYS if set(names) <= set(table)), None)
+    return Rows(*pair(*found), schema.num_classes, None if test is None else pair(*test), schema)
+
+
+def _arrays_in(path: pathlib.Path, table: Mapping[Any, Any]) -> tuple[str, str]:
+    """The names of inputs and labels."""
     found = next((names for names in _ARRAYS if set(names) <= set(table)), None)
     if found is None:
         raise DatasetError(
             f"data={str(path)!r} has the arrays {', '.join(map(str, table))}, and not x and y: name the labels by --label."
         )
-    test = next((names for names in _TEST_ARRAYS if set(names) <= set(table)), None)
-    return Rows(*pair(*found), schema.num_classes, None if test is None else pair(*test), schema)
+    return found
 
 
 def _refuse_other_lengths(x: np.ndarray, y: np.ndarray) -> None:

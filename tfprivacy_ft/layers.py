@@ -1,6 +1,6 @@
-"""Layers that the built-in models need and Keras does not have. Imports TensorFlow; `models` imports it when it builds.
+"""Layers of text models that were saved before `models` built these of Keras's own layers. Imports TensorFlow.
 
-To load a saved model that has one of them, import this module first: `from tfprivacy_ft import layers`.
+To load such a file, import this module first: `from tfprivacy_ft import layers`. What is built now loads without it.
 """
 
 import tensorflow as tf

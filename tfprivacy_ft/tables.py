@@ -7,6 +7,7 @@ columns, which a pandas.DataFrame is, too; pandas is imported only to read a fil
 
 import os
 import pathlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,14 +66,29 @@ def read_table(path: str | os.PathLike[str]) -> Mapping[Any, Any]:
 
         if path.suffix == ".parquet":
             return pandas.read_parquet(path)
-        return pandas.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", float_precision="round_trip")
+        return _read_text(path, "\t" if path.suffix == ".tsv" else ",")
     except ImportError as error:
         raise MissingDependencyError(
             f"reading {path.suffix} files needs pandas and pyarrow: install them by pip install 'tfprivacy_ft[tables]'."
         ) from error
     except Exception as error:  # what these readers raise on a damaged file is of every kind
-        why = error.strerror if isinstance(error, OSError) and error.strerror else f"no {path.suffix} file of columns"
+        why = f"no {path.suffix} file of columns"
+        if isinstance(error, OSError) and error.strerror:
+            why = error.strerror
+        elif type(error).__name__ in ("ParserError", "ParserWarning"):
+            why = "rows have more values than the first line has names, or quotes that do not end"
         raise DatasetError(f"data={str(path)!r} cannot be read ({why}): give a file that can.") from error
+
+
+def _read_text(path: pathlib.Path, separator: str) -> Any:
+    """A file of text as a `pandas.DataFrame`; spaces around the names of columns do not count."""
+    import pandas
+
+    with warnings.catch_warnings():
+        # Values without a name would move those of all columns, or be dropped.
+        warnings.simplefilter("error", pandas.errors.ParserWarning)
+        table = pandas.read_csv(path, sep=separator, float_precision="round_trip", index_col=False)
+    return table.rename(columns=str.strip)
 
 
 def names(table: Any) -> list[Any]:

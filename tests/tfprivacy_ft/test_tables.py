@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+from table_files import write_table
 
 from tfprivacy_ft.errors import DatasetError, MissingDependencyError
 from tfprivacy_ft.tables import class_labels, members, parse_bounds, read_table, scaled, texts
@@ -16,16 +17,7 @@ TABLE = {
 
 
 def write(folder, ending="npz", table=TABLE):
-    path = folder / f"table.{ending}"
-    if ending == "npz":
-        np.savez(path, **table)
-    else:
-        pandas = pytest.importorskip("pandas", reason="needs the extra 'tables'")
-        frame = pandas.DataFrame(table)
-        frame.to_parquet(path) if ending == "parquet" else frame.to_csv(
-            path, index=False, sep="\t" if ending == "tsv" else ","
-        )
-    return path
+    return write_table(folder, table, ending)
 
 
 @pytest.mark.parametrize("ending", ["csv", "csv.gz", "tsv", "parquet", "npz"])
@@ -42,6 +34,18 @@ def test_a_damaged_file_is_one_sentence(ending, tmp_path):
     path.write_bytes(b"\xff\xfe,\x00nothing" if ending != "csv" else b"")
     with pytest.raises(DatasetError, match=rf"cannot be read \(no .{ending} file of columns\)"):
         read_table(path)
+
+
+def test_spaces_around_the_names_of_columns_do_not_count(tmp_path):
+    (tmp_path / "table.csv").write_text("\ufeffage , city\n20,Rome\n", encoding="utf-8")
+    assert list(read_table(tmp_path / "table.csv").keys()) == ["age", "city"]
+
+
+@pytest.mark.parametrize("rows", ["1,2,3\n4,5,6\n", "1,2\n4,5,6\n", '1,"2\n'])
+def test_rows_with_more_values_than_names_are_refused_and_not_moved(rows, tmp_path):
+    (tmp_path / "table.csv").write_text(f"a,b\n{rows}")
+    with pytest.raises(DatasetError, match=r"rows have more values than the first line has names, or quotes"):
+        read_table(tmp_path / "table.csv")
 
 
 def test_without_pandas_it_says_what_to_install(tmp_path, monkeypatch):

@@ -50,11 +50,9 @@ def build_model(
                 (num_outputs=512). `weights.load_backbone` loads weights of ImageNet into it, and says how images have to
                 be prepared for them.
             text: vocabulary_size (required; tokens are 0 .. vocabulary_size - 1), embedding_dim=16, mask_zero=False
-                (True: token 0 is padding and does not count; import `tfprivacy_ft.layers` before you load such a
-                model), hidden_units=(), activation="tanh", from_logits=False.
+                (True: token 0 is padding and does not count), hidden_units=(), activation="tanh", from_logits=False.
             transformer: vocabulary_size (required), embedding_dim=32, blocks=1, num_heads=2, feed_forward_units=64,
-                mask_zero=False (as for text), activation="gelu", from_logits=False. Import `tfprivacy_ft.layers` before
-                you load such a model.
+                mask_zero=False (as for text), activation="gelu", from_logits=False.
             lstm: vocabulary_size (required for tokens, left out for measurements), embedding_dim=16, units=32,
                 mask_zero=False (for tokens), hidden_units=(), activation="tanh", from_logits=False. Private gradients of
                 an LSTM are exact, but have no fast rule: each example is taken alone, which is slow.

@@ -1,4 +1,7 @@
-"""Builders for texts of integer tokens, and for series of measurements."""
+"""Builders for texts of integer tokens, and for series of measurements.
+
+Promises: all layers are Keras's own, so a saved model loads without this library.
+"""
 
 from tfprivacy_ft import _check
 from tfprivacy_ft.errors import InvalidArgumentError
@@ -20,13 +23,11 @@ def _text(
     """Mean of the tokens' embeddings, then dense layers."""
     import tensorflow as tf
 
-    from tfprivacy_ft.layers import MaskedMean
-
     _refuse_unless_text(input_shape, "text")
     _check.positive_integer(vocabulary_size=vocabulary_size, embedding_dim=embedding_dim)
     inputs = tf.keras.Input(shape=input_shape, dtype="int32")
     x = tf.keras.layers.Embedding(vocabulary_size, embedding_dim, mask_zero=bool(mask_zero))(inputs)
-    x = MaskedMean()(x) if mask_zero else tf.keras.layers.GlobalAveragePooling1D()(x)
+    x = _masked_mean(x, _kept(inputs)) if mask_zero else tf.keras.layers.GlobalAveragePooling1D()(x)
     return tf.keras.Model(inputs, top(x, num_outputs, hidden_units, activation, from_logits))
 
 
@@ -46,8 +47,6 @@ def _transformer(
     """An encoder whose blocks normalise first (Xiong et al. 2020), with learned positions; the mean of its outputs."""
     import tensorflow as tf
 
-    from tfprivacy_ft.layers import LearnedPositions, MaskedMean
-
     _refuse_unless_text(input_shape, "transformer")
     fixed(input_shape, "transformer")  # there is one vector for each position
     _check.positive_integer(vocabulary_size=vocabulary_size, embedding_dim=embedding_dim, blocks=blocks)
@@ -59,7 +58,8 @@ def _transformer(
     layers = tf.keras.layers
     inputs = tf.keras.Input(shape=input_shape, dtype="int32")
     x = layers.Embedding(vocabulary_size, embedding_dim, mask_zero=bool(mask_zero))(inputs)
-    x = LearnedPositions()(x)
+    kept = _kept(inputs) if mask_zero else None
+    x = layers.Add()([x, _positions(inputs, embedding_dim, kept)])
     for _ in range(blocks):
         normalised = layers.LayerNormalization()(x)
         attention = layers.MultiHeadAttention(num_heads, embedding_dim // num_heads)
@@ -67,7 +67,7 @@ def _transformer(
         hidden = layers.Dense(feed_forward_units, activation=activation)(layers.LayerNormalization()(x))
         x = layers.Add()([x, layers.Dense(embedding_dim)(hidden)])
     x = layers.LayerNormalization()(x)
-    x = MaskedMean()(x) if mask_zero else layers.GlobalAveragePooling1D()(x)
+    x = layers.GlobalAveragePooling1D()(x) if kept is None else _masked_mean(x, kept)
     return tf.keras.Model(inputs, top(x, num_outputs, (), activation, from_logits))
 
 
@@ -101,6 +101,40 @@ def _lstm(
         x = tf.keras.layers.Embedding(vocabulary_size, embedding_dim, mask_zero=bool(mask_zero))(inputs)
     x = tf.keras.layers.LSTM(units)(x)
     return tf.keras.Model(inputs, top(x, num_outputs, hidden_units, activation, from_logits))
+
+
+def _kept(tokens):
+    """0 for padding and 1 for every other token: [batch, T], in float32 also where the model computes in float16."""
+    import tensorflow as tf
+
+    as_numbers = tf.keras.layers.Rescaling(1.0, dtype="float32")(tokens)
+    return tf.keras.layers.ReLU(max_value=1.0, dtype="float32")(as_numbers)
+
+
+def _positions(tokens, size, kept):
+    """A learned vector for each step of time: [batch, T, size], masked where `kept` is 0."""
+    import tensorflow as tf
+
+    steps = tokens.shape[1]
+    if kept is None:
+        numbers = tf.keras.layers.Rescaling(0.0, offset=list(range(steps)), dtype="float32")(tokens)
+        return tf.keras.layers.Embedding(steps, size)(numbers)
+    # Keras adds two tensors and keeps their mask only where both have one: padding is step 0 here, too.
+    numbers = tf.keras.layers.Rescaling(list(range(1, steps + 1)), dtype="float32")(kept)
+    return tf.keras.layers.Embedding(steps + 1, size, mask_zero=True)(numbers)
+
+
+def _masked_mean(x, kept):
+    """Mean over the steps that are kept: [batch, size]; zeros where none is.
+
+    GlobalAveragePooling1D answers NaN for a row of nothing but padding. The squares of a unit vector of n equal values are
+    1 / n each, and a vector of zeros stays as it is.
+    """
+    import tensorflow as tf
+
+    unit = tf.keras.layers.UnitNormalization(axis=1, dtype="float32")(kept)
+    shares = tf.keras.layers.Multiply(dtype="float32")([unit, unit])
+    return tf.keras.layers.Dot(axes=1)([shares, x])
 
 
 def _refuse_unless_text(input_shape: tuple[int | None, ...], builder: str) -> None:
