@@ -122,8 +122,8 @@ def _add_finetune(commands: Any) -> None:
     epilog = (
         "Nothing that shapes model and inputs is read off the rows: classes, categories, bounds and the size of images are "
         "given. Pixels are scaled as a model by name reads them, and to -1 .. 1 for all others. FILE.json of --schema has any "
-        "of label, classes, features, image_column, image_size, channels, bounds, categories, text and text_features; one is "
-        "left beside the model, for later rows."
+        "of label, classes, features, image_column, image_size, channels, bounds, categories, text, text_features and tokens; "
+        "one is left beside the model, for later rows."
     )
     parser = commands.add_parser(
         "finetune", help=text, description=f"Trains {text}.", epilog=epilog, allow_abbrev=False
@@ -149,6 +149,12 @@ def _add_finetune(commands: Any) -> None:
     data("--categories", metavar="COLUMN=A,B,...", nargs="+", help=categories)
     data("--text", metavar="COLUMN", nargs="+", help="columns of text, whose words are counted under a fixed hash")
     data("--text-features", metavar="N", type=int, help="numbers that each column of text becomes (default: 4096)")
+    tokens = "the column of text that models of tokens read: text, transformer, lstm, or your own; it takes the place of features"
+    data("--tokens", metavar="COLUMN", help=tokens)
+    data("--max-tokens", metavar="N", type=int, help="tokens of a row; longer texts are cut off (default: 64)")
+    buckets = "numbers to which words are hashed, by a fixed hash (default: 4096)"
+    data("--token-buckets", metavar="N", type=int, help=buckets)
+    data("--vocabulary", metavar="FILE", help="public words, one a line, to number words by in place of the hash")
     data("--schema", metavar="FILE.json", help="what is said of columns, in a file")
     data("--image-column", metavar="COLUMN", help="paths of images, relative to the table, in place of features")
     data("--image-size", metavar="HEIGHTxWIDTH", help="scale images to this size; needed where they have several")
@@ -156,12 +162,17 @@ def _add_finetune(commands: Any) -> None:
     held_out = "share of the rows to measure on and not to train on; their figures are releases without noise"
     data("--held-out", metavar="SHARE", type=float, default=0.0, help=f"{held_out} (default: none)")
     data("--test-data", metavar="FILE", help="rows like --data to measure on")
+    public = (
+        "rows like --data that the model has learned from: recorded, not accounted, and compared with the private rows"
+    )
+    data("--public-data", metavar="FILE_OR_NAME", help=public)
     training = parser.add_argument_group("training").add_argument
     training(
         "--model",
         metavar="NAME_OR_PATH",
         required=True,
-        help="a pretrained one, such as squeezenet or MobileNetV2; the path of a Keras model; or a new one: logistic, mlp, cnn",
+        help="a pretrained one, such as squeezenet or MobileNetV2; the path of a Keras model; or a new one: logistic, mlp, cnn, "
+        "resnet, or of --tokens: text, transformer, lstm",
     )
     training("--keep-head", action="store_true", help="the model at the path is a classifier of these classes already")
     recipe = "what is trained: head, bias, lora, last_layers, full, staged, light or zero_shot (default: head, new models full)"

@@ -28,7 +28,8 @@ class Figures:
     Args:
       count: examples, >= 1.
       accuracy: the share of them that it gets right, in [0, 1].
-      auc: area under the ROC curve, in [0, 1]; None for more than two classes, and where all examples are of one class.
+      auc: area under the ROC curve, in [0, 1]; None for more than two classes, where all examples are of one class, and where
+        an output is not finite.
     """
 
     count: int
@@ -116,18 +117,25 @@ def figures_by_group(model: Any, x: Any, y: Any, groups: Any = None, *, batch_si
     """
     _check.positive_integer(batch_size=batch_size)
     outputs = np.asarray(model.predict(x, verbose=0, batch_size=batch_size))
-    labels = _labels(y, outputs)
-    scores = outputs[:, -1] if outputs.shape[1] <= 2 else None
-    guesses = outputs.argmax(axis=1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0.5).astype(np.int64)
-    right = guesses == labels
+    return groups_of(outputs, _labels(y, outputs), groups)
+
+
+def groups_of(outputs: np.ndarray, labels: np.ndarray, groups: Any = None) -> Groups:
+    """`figures_by_group` of what a model gave, with labels [n] among its classes."""
 
     def over(chosen: np.ndarray) -> Figures:
-        auc = None if scores is None else _auc(labels[chosen], scores[chosen])
-        return Figures(int(chosen.sum()), float(right[chosen].mean()), auc)
+        return figures_of(outputs[chosen], labels[chosen])
 
-    everything = np.ones(len(labels), bool)
     classes = {str(label): over(labels == label) for label in np.unique(labels)}
-    return Groups(over(everything), classes, {name: over(members) for name, members in _members(groups, labels)})
+    by_name = {name: over(members) for name, members in _members(groups, labels)}
+    return Groups(figures_of(outputs, labels), classes, by_name)
+
+
+def figures_of(outputs: np.ndarray, labels: np.ndarray) -> Figures:
+    """Accuracy, and for two classes AUC, of probabilities [n, classes], or [n, 1] of the class 1, for n >= 1 labels."""
+    guesses = outputs.argmax(axis=1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0.5).astype(np.int64)
+    auc = _auc(labels, outputs[:, -1]) if outputs.shape[1] <= 2 else None
+    return Figures(len(labels), float(np.mean(guesses == labels)), auc)
 
 
 def _labels(y: Any, outputs: np.ndarray) -> np.ndarray:
@@ -174,7 +182,7 @@ def _text(value: Any) -> str:
 
 
 def _auc(labels: np.ndarray, scores: np.ndarray) -> float | None:
-    if len(np.unique(labels)) < 2:
+    if len(np.unique(labels)) < 2 or not np.isfinite(scores).all():
         return None
     from sklearn.metrics import roc_auc_score
 

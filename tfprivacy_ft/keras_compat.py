@@ -129,6 +129,28 @@ def steps_per_execution(model: Any) -> int:
     return 1 if value is None else int(value)
 
 
+def is_saved_model(layer: Any) -> bool:
+    """Whether a layer is a whole SavedModel, as Keras 3 loads it: a file of the layer has its path, and none of its weights."""
+    return isinstance(layer, getattr(keras.layers, "TFSMLayer", ()))
+
+
+def copy_of_layer(layer: Any) -> Any:
+    """The layer made again of its configuration, with other weights."""
+    if not is_saved_model(layer):
+        return type(layer).from_config(layer.get_config())
+    # Keras makes none of a file that may be somebody else's. This one runs in this process already.
+    names = ("filepath", "call_endpoint", "call_training_endpoint", "trainable", "name")
+    return type(layer)(**{name: getattr(layer, name) for name in names})
+
+
+def write_saved_model(model: Any, folder: str) -> None:
+    """Writes a SavedModel that computes what the model does, and has all that it needs."""
+    if IS_KERAS_3:
+        model.export(folder, verbose=False)
+    else:
+        model.save(folder, save_format="tf")
+
+
 def clone_model(model: Any, clone_function: Callable[[Any], Any]) -> Any:
     """A functional model of the layers that `clone_function` makes of the model's, not compiled."""
     # Keras 3 compiles the clone of a compiled model, and would make an optimizer for it.

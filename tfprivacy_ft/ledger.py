@@ -34,7 +34,7 @@ from importlib import metadata
 from numbers import Integral, Real
 from typing import Any
 
-from tfprivacy_ft import _check
+from tfprivacy_ft import _check, _own_files
 from tfprivacy_ft.errors import InvalidArgumentError, LedgerDamagedError, LedgerError, LedgerLockedError
 from tfprivacy_ft.events import Event, merge
 
@@ -806,7 +806,7 @@ class _Journal:
         self._descriptor: int | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _fsync_folder(folder.parent)
+            _own_files.sync_folder(folder.parent)
             self._descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             _lock(self._descriptor, self.file)
             self._recover()
@@ -856,7 +856,7 @@ class _Journal:
         finally:
             os.close(descriptor)
         os.replace(aside, self._head_file)
-        _fsync_folder(self._head_file.parent)
+        _own_files.sync_folder(self._head_file.parent)
 
     def close(self) -> None:
         if self._descriptor is not None and os.getpid() == self._process:
@@ -868,14 +868,6 @@ class _Journal:
 def _write_all(descriptor: int, data: bytes) -> None:
     while data:
         data = data[os.write(descriptor, data) :]
-
-
-def _fsync_folder(folder: pathlib.Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _lock(descriptor: int, file: pathlib.Path) -> None:

@@ -103,7 +103,7 @@ def moved(rule: Adaptive, clip: tf.Tensor, noisy_votes_of_one: tf.Tensor, *, sta
 
 
 class MovingClip:
-    """The clip of one optimizer under `Adaptive`. In no checkpoint: restoring one leaves it where it is.
+    """The clip of one optimizer under `Adaptive`. In no checkpoint of its model: restoring one leaves it where it is.
 
     Args:
       rule: where it is to move, and how fast.
@@ -130,6 +130,15 @@ class MovingClip:
     def value(self) -> tf.Tensor:
         """The clip as it is now."""
         return self._clip.read_value()
+
+    def go_on_from(self, value: float) -> None:
+        """Puts the clip where an earlier process had it, which is what a run that goes on has to do.
+
+        Args:
+          value: > 0, what `value` gave then.
+        """
+        _check.positive(value=value)
+        self._clip.assign(value)
 
     def votes(self, norms: tf.Tensor, real: tf.Tensor) -> tf.Tensor:
         """Sum over examples of 1/2 where the gradient is within the clip and -1/2 where it is not; float32 scalar.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import tfprivacy_ft
-from tfprivacy_ft import accounting, ledger, statement
+from tfprivacy_ft import _own_files, accounting, ledger, statement
 from tfprivacy_ft.compute_epsilon import Report, compute_epsilon
 from tfprivacy_ft.errors import InvalidArgumentError, LedgerDamagedError
 from tfprivacy_ft.events import Event
@@ -428,24 +428,18 @@ def _default_output(run_dirs: Sequence[pathlib.Path]) -> pathlib.Path:
 def _refuse_foreign(file: pathlib.Path) -> None:
     """Refuses to overwrite what no earlier report wrote."""
     try:
-        with open(file, "rb") as there:
-            start = there.read(2000)
-    except FileNotFoundError:
-        return
+        ours = _own_files.may_be_replaced(file, GENERATOR)
     except OSError as error:
         raise _unwritable(file, error) from error
-    if GENERATOR.encode() not in start:
+    if not ours:
         raise InvalidArgumentError(
             f"output={str(file)!r} is a file that no report wrote, and would be lost: give another name, or remove it."
         )
 
 
 def _write(file: pathlib.Path, text: str) -> None:
-    """The old file or the new one, never half of it. A name that is no text is shown with its bytes."""
-    aside = file.with_name(file.name + ".new")
     try:
-        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(aside, file)
+        _own_files.replace_text(file, text)
     except OSError as error:
         raise _unwritable(file, error) from error
 

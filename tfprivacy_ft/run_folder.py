@@ -10,7 +10,19 @@ import pathlib
 from tfprivacy_ft import ledger
 from tfprivacy_ft.errors import InvalidArgumentError
 
-__all__ = ["new", "numbered"]
+__all__ = ["made", "new", "numbered"]
+
+
+def made(run_dir: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder, made with its parents where it is not there.
+
+    Raises:
+        InvalidArgumentError: It cannot be made.
+    """
+    folder = pathlib.Path(run_dir)
+    with _refused_in_one_sentence(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def new(run_dir: str | os.PathLike[str]) -> pathlib.Path:
@@ -27,9 +39,7 @@ def new(run_dir: str | os.PathLike[str]) -> pathlib.Path:
         >>> new(os.path.join(tempfile.mkdtemp(), "runs", "first")).name
         'first'
     """
-    folder = pathlib.Path(run_dir)
-    with _refused_in_one_sentence(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = made(run_dir)
     if (folder / ledger.FILE_NAME).exists():
         raise InvalidArgumentError(f"run_dir={str(folder)!r} holds a run already: give each run a folder of its own.")
     return folder

@@ -77,31 +77,32 @@ def _bullet(text: str) -> str:
 
 def _sampling_in_words(event: Event) -> str:
     of = f" of {event.population:,}" if event.population else ""
-    unit, releases = ("client", "rounds") if event.unit == "client" else ("example", "steps")
+    unit, release = ("client", "round") if event.unit == "client" else ("example", "step")
+    releases, them = (f"1 {release}", "it") if event.count == 1 else (f"{event.count:,} {release}s", "each of them")
     if event.sampler == "poisson":
         return (
-            f"{event.count:,} {releases}, each {unit}{of} in each of them independently with probability "
+            f"{releases}, each {unit}{of} in {them} independently with probability "
             f"{event.sampling_probability:.4g} (Poisson)"
         )
     if event.sampler == "shuffled":
         return (
-            f"{event.count:,} {releases} in which no {unit}{of} took part more than {event.participations:,} times "
+            f"{releases} in which no {unit}{of} took part more than {event.participations:,} times "
             "(shuffled: no amplification by sampling)"
         )
     if event.sampler == "tree":
         return (
-            f"{event.count:,} {releases} in {_trees(event)}, in each of which no {unit}{of} is more than once (no amplification "
+            f"{releases} in {_trees(event)}, in each of which no {unit}{of} is more than once (no amplification "
             "by sampling)"
         )
     if event.is_local:
         return (
-            f"{event.count:,} {releases}, in at most {event.participations:,} of which any one {unit}{of} reported, with noise "
+            f"{releases}, in at most {event.participations:,} of which any one {unit}{of} reported, with noise "
             "that it added itself (local: no amplification by sampling)"
         )
     if event.sampler == "fixed":
-        return f"{event.count:,} {releases} of exactly {event.cohort_size:,}{of} {unit}s, drawn without replacement"
+        return f"{releases} of exactly {event.cohort_size:,}{of} {unit}s, drawn without replacement"
     return (
-        f"{event.count:,} {releases} of unknown make, so every {unit}{of} is taken to be in every one of them, once (no "
+        f"{releases} of unknown make, so every {unit}{of} is taken to be in every one of them, once (no "
         "amplification by sampling)"
     )
 

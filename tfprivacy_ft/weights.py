@@ -96,9 +96,8 @@ def _squeezenet(content: bytes, shape: tuple[int | None, ...] | None) -> tf.kera
             if layer.weights:
                 group = file[layer.name.replace("_", "/")]
                 layer.set_weights([group[name.decode()][()] for name in group.attrs["weight_names"]])
-    return tf.keras.Model(
-        model.input, model.layers[-2].output
-    )  # without the mean over places, which a head may do without
+    # Without the mean over places, which a head may do without.
+    return tf.keras.Model(model.input, model.layers[-2].output, name="squeezenet")
 
 
 def _application(name: str, shape: tuple[int | None, ...] | None) -> tf.keras.Model:

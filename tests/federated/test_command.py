@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import tensorflow as tf
+from table_files import write_table
 
 from federated.command import FederateSettings, _from_file
 from tfprivacy_ft import ledger
@@ -24,14 +25,7 @@ FEATURES = ["age", "weight"]
 
 
 def write(folder, table=TABLE, ending="npz"):
-    path = folder / f"table.{ending}"
-    if ending == "npz":
-        np.savez(path, **table)
-    else:
-        pandas = pytest.importorskip("pandas", reason="needs the extra 'tables'")
-        frame = pandas.DataFrame(table)
-        frame.to_csv(path, index=False) if ending == "csv" else frame.to_parquet(path)
-    return path
+    return write_table(folder, table, ending)
 
 
 def words(data, run_dir, **changes):

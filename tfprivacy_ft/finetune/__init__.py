@@ -4,8 +4,7 @@
 taken apart), features (computed once), budget (noise of several stages under one epsilon).
 """
 
-import importlib
-from typing import Any
+from tfprivacy_ft import _lazy
 
 # Public name -> the module it lives in.
 _HOMES = {
@@ -23,12 +22,4 @@ _HOMES = {
 
 __all__ = [*_HOMES]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = _lazy.loading(__name__, _HOMES)

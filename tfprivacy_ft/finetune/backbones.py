@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tfprivacy_ft import _check
 from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedModelError
-from tfprivacy_ft.keras_compat import keras, layers_inside
+from tfprivacy_ft.keras_compat import copy_of_layer, is_saved_model, keras, layers_inside
 
 _ENDS = {"softmax", "sigmoid"}
 
@@ -38,7 +38,8 @@ class Classifier:
         self.model, self.head_layers = model, head_layers
         layers = model.layers[-head_layers:]
         between = layers[0].input
-        self.features = keras.Model(model.input, between)
+        # A name of its own, by which features that were kept are found again.
+        self.features = keras.Model(model.input, between, name="features")
         output = inputs = keras.Input(between.shape[1:], dtype=between.dtype)
         for layer in layers:  # from here on a layer has two outputs, so whoever asks for its one has to come before
             output = layer(output)
@@ -52,7 +53,7 @@ class Classifier:
 
 
 def copy_of(model: Any) -> Any:
-    """A functional copy that shares no weight with `model`, and has its values and its frozen layers.
+    """A functional copy that shares no weight with `model`, and has its name, its values and its frozen layers.
 
     Raises:
       UnsupportedModelError: it is no functional or sequential model with known shapes, or Keras cannot copy a layer.
@@ -68,7 +69,9 @@ def copy_of(model: Any) -> Any:
             "input shape."
         )
     try:
-        copy = keras.models.clone_model(model)
+        # Left to itself, Keras copies models inside the model, too, but no SavedModel.
+        options = {"clone_function": copy_of_layer} if any(map(is_saved_model, model.layers)) else {}
+        copy = keras.models.clone_model(model, **options)
         copy.set_weights(model.get_weights())
     except Exception as error:  # a layer's own constructor can raise anything
         raise UnsupportedModelError(
@@ -76,10 +79,13 @@ def copy_of(model: Any) -> Any:
             "can make it again."
         ) from error
     # On Keras 3 a sequential model has no one input and output.
-    return keras.Model(copy.inputs[0], copy.outputs[0]) if isinstance(copy, keras.Sequential) else copy
+    is_sequential = isinstance(copy, keras.Sequential)
+    return keras.Model(copy.inputs[0], copy.outputs[0], name=copy.name) if is_sequential else copy
 
 
-def with_new_head(backbone: Any, num_classes: int, hidden_units: Sequence[int] = ()) -> Classifier:
+def with_new_head(
+    backbone: Any, num_classes: int, hidden_units: Sequence[int] = (), norm_groups: int | None = None
+) -> Classifier:
     """A copy of a backbone, its features scaled to unit length, and a new head.
 
     Feature maps become one row for each example, place by place, or averaged over the places where these are of unknown number
@@ -89,6 +95,7 @@ def with_new_head(backbone: Any, num_classes: int, hidden_units: Sequence[int] =
       backbone: a functional or sequential model; its output has an axis of examples, then places if any, then features.
       num_classes: >= 2; two are one sigmoid, more are a softmax.
       hidden_units: sizes of tanh layers between features and output.
+      norm_groups: as in `unit_features`.
 
     Raises:
       InvalidArgumentError: a number is outside its range.
@@ -103,21 +110,27 @@ def with_new_head(backbone: Any, num_classes: int, hidden_units: Sequence[int] =
     if num_classes < 2:
         raise InvalidArgumentError(f"num_classes={num_classes} is not allowed: give at least 2.")
     copy = copy_of(backbone)
-    features = unit_features(copy)
+    features = unit_features(copy, norm_groups)
     output = features
     for number, units in enumerate(hidden_units, start=1):
         output = keras.layers.Dense(units, "tanh", name=_unused(copy, f"head_hidden_{number}"))(output)
     outputs, activation = (1, "sigmoid") if num_classes == 2 else (num_classes, "softmax")
     last = keras.layers.Dense(outputs, activation, kernel_initializer="zeros", name=_unused(copy, "head"))
-    return Classifier(keras.Model(copy.input, last(output)), head_layers=1 + len(hidden_units))
+    return Classifier(keras.Model(copy.input, last(output), name=copy.name), head_layers=1 + len(hidden_units))
 
 
-def unit_features(backbone: Any) -> Any:
+def unit_features(backbone: Any, norm_groups: int | None = None) -> Any:
     """The backbone's output as one row of unit l2 norm for each example: a symbolic tensor, [batch, features].
 
     Private heads learn from rows of one length at one learning rate and clip, whatever the backbone is.
 
+    Args:
+      backbone: a model with one output, whose last axis are channels.
+      norm_groups: how many groups of channels, each with all its places, first get mean 0 and variance 1 within each
+        example; a divisor of the channels. None leaves the features as they are.
+
     Raises:
+      InvalidArgumentError: `norm_groups` does not divide the channels.
       UnsupportedModelError: the output is not one tensor of two to five axes.
 
     Source: Tramer & Boneh 2021, section 2, for what scaling features does to private linear models; docs/starting_values.md
@@ -134,6 +147,15 @@ def unit_features(backbone: Any) -> Any:
         raise UnsupportedModelError(
             f"the model {backbone.name!r} ends in {backbone.output_shape}, which is no row of features for each example: give "
             "one that ends in features, feature maps or a sequence of features."
+        )
+    if norm_groups is not None:
+        if output.shape[-1] is None or output.shape[-1] % norm_groups:
+            raise InvalidArgumentError(
+                f"norm_groups={norm_groups} does not divide the {output.shape[-1]} channels of the features: give a divisor."
+            )
+        norm = keras.layers.GroupNormalization
+        output = norm(norm_groups, epsilon=1e-5, center=False, scale=False, name=_unused(backbone, "normalized"))(
+            output
         )
     size = tf.TensorShape(output.shape[1:]).num_elements()
     if rank == 4 and size is not None and size <= _MOST_FEATURES:
@@ -166,7 +188,7 @@ def with_own_head(model: Any, *, probabilities: bool = True) -> Classifier:
         return Classifier(copy, layers)
     shape = copy.output_shape
     end = keras.layers.Activation("sigmoid" if shape[-1] == 1 else "softmax", name=_unused(copy, "probabilities"))
-    return Classifier(keras.Model(copy.input, end(copy.output)), layers + 1)
+    return Classifier(keras.Model(copy.input, end(copy.output), name=copy.name), layers + 1)
 
 
 def _length_of_head(model: Any) -> int:

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 
 from tfprivacy_ft import accounting
 from tfprivacy_ft.events import Event
-from tfprivacy_ft.finetune.recipes import Recipe
+from tfprivacy_ft.finetune.recipes import Head, Recipe
 from tfprivacy_ft.plan import PrivacyPlan
 from tfprivacy_ft.sampling import Sampling
+
+_NOISE_OF_MEAN = 10.0  # beside that of the stage's steps together
 
 
 def solve(
@@ -45,7 +47,11 @@ def solve(
     """
 
     def events(noise_multiplier: float) -> list[Event]:
-        return [_event(stage, noise_multiplier, num_examples, examples_per_user) for stage in stages]
+        return [
+            event
+            for stage in stages
+            for event in _events(stage, noise_multiplier * stage.noise_ratio, num_examples, examples_per_user)
+        ]
 
     noise = accounting.solve_noise_multiplier(target_epsilon=target_epsilon, delta=delta, events_for=events)
     return tuple(noise * stage.noise_ratio for stage in stages)
@@ -81,14 +87,41 @@ def plan(
     )
 
 
-def _event(stage: Recipe, noise_multiplier: float, n: int, examples_per_user: int | None) -> Event:
+def event_of_mean(
+    stage: Recipe, noise_multiplier: float, *, num_examples: int, examples_per_user: int | None = None
+) -> Event:
+    """The one release of the mean of the rows that a centered head reads.
+
+    Its noise is what gives it about a hundredth of what the stage's steps have, by the central limit theorem.
+
+    Args:
+      stage, num_examples, examples_per_user: as in `solve`.
+      noise_multiplier: of the stage's steps.
+
+    Source: Dong, Roth & Su 2022, "Gaussian Differential Privacy", section 5: the steps have mu near q sqrt(T) / noise.
+    """
     batch_size = _size(stage.batch_size)
-    return Sampling("poisson", n, batch_size / n).event(
+    steps = math.ceil(num_examples / batch_size) * _size(stage.epochs)
+    return Sampling("poisson", num_examples, 1.0).event(
+        1,
+        noise_multiplier=_NOISE_OF_MEAN * noise_multiplier * num_examples / (batch_size * math.sqrt(steps)),
+        l2_norm_clip=1.0,
+        examples_per_user=examples_per_user,
+    )
+
+
+def _events(stage: Recipe, noise_multiplier: float, n: int, examples_per_user: int | None) -> list[Event]:
+    """What one stage releases."""
+    batch_size = _size(stage.batch_size)
+    steps = Sampling("poisson", n, batch_size / n).event(
         math.ceil(n / batch_size) * _size(stage.epochs),
-        noise_multiplier=noise_multiplier * stage.noise_ratio,
+        noise_multiplier=noise_multiplier,
         l2_norm_clip=None,
         examples_per_user=examples_per_user,
     )
+    if not (isinstance(stage, Head) and stage.center):
+        return [steps]
+    return [event_of_mean(stage, noise_multiplier, num_examples=n, examples_per_user=examples_per_user), steps]
 
 
 def _size(value: int | None) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import tfprivacy_ft
-from tfprivacy_ft import statement
+from tfprivacy_ft import _own_files, statement
 from tfprivacy_ft.compute_epsilon import Report
 from tfprivacy_ft.errors import InvalidArgumentError
 from tfprivacy_ft.ledger import software
@@ -68,7 +68,7 @@ def write_card(
       model: the Keras model.
       public_data: (x, y), or a dictionary of such pairs by name; likewise only shapes are kept. None: none was used.
       groups: figures by class and group, from `tfprivacy_ft.groups.figures_by_group`; they are released without noise.
-      model_file: the name that the model is saved by.
+      model_file: the name that the model is saved by; without an ending it is the folder of a SavedModel.
 
     Returns:
       The paths of `card.md` and `card.json`.
@@ -309,24 +309,19 @@ def _render(contents: Mapping[str, Any], report: Report, groups: "Groups | None"
 def _refuse_foreign(file: pathlib.Path) -> None:
     """Refuses to overwrite what no earlier card wrote."""
     try:
-        start = file.read_bytes()[:2000]
-    except FileNotFoundError:
-        return
+        ours = _own_files.may_be_replaced(file, GENERATOR)
     except OSError as error:
         raise _unwritable(file, error) from error
-    if GENERATOR.encode() not in start:
+    if not ours:
         raise InvalidArgumentError(
             f"{str(file)!r} is a file that no card wrote, and would be lost: give another folder, or remove it."
         )
 
 
 def _write(file: pathlib.Path, text: str) -> None:
-    """The old file or the new one, never half of it."""
-    aside = file.with_name(file.name + ".new")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, file)
+        _own_files.replace_text(file, text)
     except OSError as error:
         raise _unwritable(file, error) from error
 

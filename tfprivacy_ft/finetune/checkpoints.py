@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from tfprivacy_ft import _own_files, run_folder
 from tfprivacy_ft.errors import CheckpointError, InvalidArgumentError
 from tfprivacy_ft.ledger import FILE_NAME as LEDGER_NAME
 from tfprivacy_ft.ledger import Ledger, Position, holds
@@ -40,6 +42,8 @@ class Checkpoint:
       weights: the variables that the stage trains.
       optimizer: the variables of its optimizer.
       average: state of the average of the weights, by name; empty where there is none.
+      mean: of the rows that a centered head reads, as it was released; None for other stages.
+      moving_clip: where the clip is, if it moves; it follows from noised counts, and costs nothing to keep.
     """
 
     stage: int
@@ -49,6 +53,8 @@ class Checkpoint:
     weights: list[np.ndarray]
     optimizer: list[np.ndarray]
     average: dict[str, np.ndarray]
+    mean: np.ndarray | None = None
+    moving_clip: float | None = None
 
 
 class RunFolder:
@@ -81,12 +87,7 @@ class RunFolder:
             # The ledger comes first: a run that was killed between the two has a ledger alone, and is begun anew in it.
             self._facts = self._read_facts() if (self.path / RUN_NAME).exists() else {}
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InvalidArgumentError(
-                f"run_dir={str(self.path)!r} cannot be used ({error.strerror}): give a folder that can be made and written."
-            ) from error
+        run_folder.made(self.path)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -141,13 +142,14 @@ class RunFolder:
         """
         if self.path is None:
             return
-        about = {name: getattr(checkpoint, name) for name in ("stage", "epoch", "history")}
+        about = {name: getattr(checkpoint, name) for name in ("stage", "epoch", "history", "moving_clip")}
         about["ledger"] = dataclasses.asdict(checkpoint.ledger)
         arrays = {"about": np.asarray(json.dumps(about, default=_plain))}
         arrays |= {f"weight_{i}": array for i, array in enumerate(checkpoint.weights)}
         arrays |= {f"optimizer_{i}": array for i, array in enumerate(checkpoint.optimizer)}
         arrays |= {f"average_{name}": array for name, array in checkpoint.average.items()}
-        _replace(self.path / CHECKPOINT_NAME, lambda file: np.savez(file, **arrays))
+        arrays |= {} if checkpoint.mean is None else {"mean": checkpoint.mean}
+        _replace(self.path / CHECKPOINT_NAME, lambda file: file.write(_archive(arrays)))
 
     def newest(self) -> Checkpoint | None:
         """The checkpoint that was saved last; None if there is none.
@@ -169,6 +171,7 @@ class RunFolder:
             weights=_numbered(arrays, "weight_"),
             optimizer=_numbered(arrays, "optimizer_"),
             average={name[8:]: array for name, array in arrays.items() if name.startswith("average_")},
+            mean=arrays.get("mean"),
         )
 
     def save_stage(self, stage: int, model: Any, untouched: Sequence[str]) -> None:
@@ -187,7 +190,7 @@ class RunFolder:
             for i, array in enumerate(weights)
             if i >= len(untouched) or digest(array) != untouched[i]
         }
-        _replace(self._stage_file(stage), lambda file: np.savez(file, **changed))
+        _replace(self._stage_file(stage), lambda file: file.write(_archive(changed)))
 
     def load_stage(self, stage: int, model: Any) -> None:
         """Puts the weights that `save_stage` kept into a model of the same architecture.
@@ -255,20 +258,16 @@ def _load(file: pathlib.Path) -> dict[str, np.ndarray]:
         ) from error
 
 
+def _archive(arrays: Mapping[str, np.ndarray]) -> memoryview:
+    """The bytes of a .npz file, made before the disk is asked for room: a half-written archive complains when it is dropped."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getbuffer()
+
+
 def _replace(file: pathlib.Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file aside and renames it, so that at every moment there is the old one or the new one."""
-    aside = file.with_name(file.name + ".new")
     try:
-        with open(aside, "wb") as writer:
-            write(writer)
-            writer.flush()
-            os.fsync(writer.fileno())
-        os.replace(aside, file)
-        descriptor = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _own_files.replace(file, write)
     except OSError as error:
         raise CheckpointError(
             f"{file} cannot be written ({error}): see that the disk has room, and go on with resume=True."

@@ -7,13 +7,16 @@ from, inputs and weights, so a run that goes on does not compute it twice.
 import hashlib
 import os
 import pathlib
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 import tensorflow as tf
 
+from tfprivacy_ft import _own_files
 from tfprivacy_ft.errors import DatasetError
-from tfprivacy_ft.sampling import nested_arrays
+from tfprivacy_ft.finetune.checkpoints import digest
+from tfprivacy_ft.sampling import aligned, nested_arrays
 
 _ROWS = 128  # computed at once
 
@@ -41,8 +44,9 @@ def compute(model: Any, x: Any, *, cache: str | os.PathLike[str] = "memory") -> 
     x = nested_arrays(x)
     shape = (len(tf.nest.flatten(x)[0]), int(model.output_shape[-1]))
     if cache == "memory":
-        features = np.empty(shape, np.float32)
-        _fill(features, model, x)
+        features = aligned(np.dtype(np.float32), shape)
+        for number, rows in enumerate(_in_parts(model, x, len(features))):
+            features[number * _ROWS : (number + 1) * _ROWS] = rows
         return features
     folder = pathlib.Path(cache)
     try:
@@ -50,11 +54,7 @@ def compute(model: Any, x: Any, *, cache: str | os.PathLike[str] = "memory") -> 
         file = folder / f"features-{_digest(model, x)}.npy"
         if not file.exists():
             aside = file.with_suffix(f".{os.getpid()}.new")
-            made = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float32, shape=shape)
-            _fill(made, model, x)
-            made.flush()
-            del made
-            os.replace(aside, file)  # whole, or not there
+            _own_files.replace(file, lambda writer: _write(writer, model, x, shape), aside=aside)
         return np.load(file, mmap_mode="r")
     except OSError as error:
         raise DatasetError(
@@ -62,16 +62,22 @@ def compute(model: Any, x: Any, *, cache: str | os.PathLike[str] = "memory") -> 
         ) from error
 
 
-def _fill(features: np.ndarray, model: Any, x: Any) -> None:
-    forward = tf.function(lambda rows: model(rows, training=False), reduce_retracing=True)
-    for start in range(0, len(features), _ROWS):
+def _write(writer: BinaryIO, model: Any, x: Any, shape: tuple[int, int]) -> None:
+    """A .npy file, part by part. Not by a mapped file, which ends the process where the disk is full."""
+    header = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(writer, header)
+    for rows in _in_parts(model, x, shape[0]):
+        writer.write(rows.tobytes())
+
+
+def _in_parts(model: Any, x: Any, size: int) -> Iterator[np.ndarray]:
+    """What the model gives, float32, `_ROWS` rows at once."""
+    forward = tf.function(lambda rows: tf.cast(model(rows, training=False), tf.float32), reduce_retracing=True)
+    for start in range(0, size, _ROWS):
         rows = tf.nest.map_structure(lambda part, start=start: tf.constant(part[start : start + _ROWS]), x)
-        features[start : start + _ROWS] = forward(rows)
+        yield forward(rows).numpy()
 
 
 def _digest(model: Any, x: Any) -> str:
-    digest = hashlib.sha256(model.to_json().encode())
-    for array in (*model.get_weights(), *tf.nest.flatten(x)):
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()[:32]
+    arrays = (*model.get_weights(), *tf.nest.flatten(x))
+    return hashlib.sha256("".join([model.to_json(), *map(digest, arrays)]).encode()).hexdigest()[:32]

@@ -1,6 +1,7 @@
 """Arrays of examples, checked before anything is computed of them: one typed sentence for what cannot be trained on."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,8 @@ def checked(x: Any, y: Any, model: Any, *, name: str = "x, y") -> Examples:
       name: what they are called in an error.
 
     Raises:
-      DatasetError: they are empty, of different lengths, text, not finite, or of another shape than the model's inputs.
+      DatasetError: they are empty, of different lengths, text, not finite, or have other names or another shape than the
+        model's inputs.
     """
     try:
         x, y = nested_arrays(x), np.asarray(y)
@@ -90,7 +92,7 @@ def _refuse_text_and_gaps(part: np.ndarray, name: str) -> None:
 
 
 def _refuse_other_shapes(x: Any, model: Any, name: str) -> None:
-    parts, inputs = tf.nest.flatten(x), tf.nest.flatten(model.input)
+    parts, inputs = _matched(x, model, name)
     given = [tuple(part.shape[1:]) for part in parts]
     wanted = [tuple(tensor.shape[1:]) for tensor in inputs]
     fits = len(given) == len(wanted) and all(map(_fits, given, wanted))
@@ -101,12 +103,25 @@ def _refuse_other_shapes(x: Any, model: Any, name: str) -> None:
         )
 
 
+def _matched(x: Any, model: Any, name: str) -> tuple[list[Any], list[Any]]:
+    """The arrays and the model's inputs in one order: by name where one of them has names, since nobody sees another mix-up."""
+    inputs = model.input if isinstance(model.input, dict) else {each.name: each for each in model.inputs}
+    if not isinstance(x, dict) and not (isinstance(model.input, dict) and len(inputs) > 1):
+        return tf.nest.flatten(x), list(inputs.values())
+    if not isinstance(x, dict) or set(x) != set(inputs):
+        given = f"has inputs called {_join(sorted(x))}" if isinstance(x, dict) else "has inputs without names"
+        raise DatasetError(
+            f"{name} {given} and the model takes {_join(sorted(inputs))}: give a dictionary of arrays by these names."
+        )
+    return [x[each] for each in inputs], list(inputs.values())
+
+
 def _fits(given: tuple, wanted: tuple) -> bool:
     return len(given) == len(wanted) and all(w in (None, g) for g, w in zip(given, wanted, strict=True))
 
 
-def _join(shapes: list[tuple]) -> str:
-    return " and ".join(str(shape) for shape in shapes)
+def _join(parts: Iterable[Any]) -> str:
+    return " and ".join(map(str, parts))
 
 
 def _shape(part: np.ndarray) -> dict[str, Any]:

@@ -76,6 +76,10 @@ class Head(Recipe):
 
     Args:
       hidden_units: sizes of tanh layers before the output, where the head is new; () for a linear head.
+      norm_groups: how many groups of channels of the features get mean 0 and variance 1 within each example, where the head is
+        new; a divisor of the channels. None for none.
+      center: whether the mean of the features, released once at about a hundredth of the stage's budget, is taken off them
+        while the head learns, where the head is new.
       cache: where the features go: `"memory"`, or a folder, for what memory does not hold. They are private data.
       l2_norm_clip: as in `Recipe`; a tenth of what others have, since gradients on rows of unit length are short.
 
@@ -86,6 +90,8 @@ class Head(Recipe):
 
     hidden_units: tuple[int, ...] = ()
     cache: str | os.PathLike[str] = "memory"
+    norm_groups: int | None = dataclasses.field(default=None, kw_only=True)
+    center: bool = dataclasses.field(default=True, kw_only=True)
     l2_norm_clip: float | None = dataclasses.field(default=0.1, kw_only=True)
 
     def __post_init__(self):
@@ -93,6 +99,8 @@ class Head(Recipe):
         object.__setattr__(self, "hidden_units", tuple(self.hidden_units))
         for units in self.hidden_units:
             _check.positive_integer(hidden_units=units)
+        if self.norm_groups is not None:
+            _check.positive_integer(norm_groups=self.norm_groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +252,16 @@ def stages_of(recipe: AnyRecipe, *, num_examples: int) -> tuple[Recipe, ...]:
     return tuple(_sized(stage, num_examples) for stage in parts_of(recipe))
 
 
+def without_centering(stages: tuple[Recipe, ...]) -> tuple[Recipe, ...]:
+    """The stages, in which no head is centered.
+
+    Example:
+      >>> without_centering((Head(),))[0].center
+      False
+    """
+    return tuple(dataclasses.replace(stage, center=False) if isinstance(stage, Head) else stage for stage in stages)
+
+
 def with_learning_rate(
     stage: Recipe, *, num_examples: int, noise_multiplier: float, target_epsilon: float, unit_rows: bool
 ) -> Recipe:
@@ -271,14 +289,24 @@ def with_learning_rate(
     if stage.optimizer is not None:
         rate = _RATE_OF_OTHERS
     elif unit_rows and isinstance(stage, Head) and not stage.hidden_units:
-        # The noise of all steps adds this much to the logit of a unit row, in standard deviation, however many features.
         steps = math.ceil(num_examples / stage.batch_size) * stage.epochs
-        by_noise = _NOISE_IN_LOGIT * (1 - MOMENTUM) * stage.batch_size / (noise_multiplier * math.sqrt(steps))
-        rate = min(by_noise, _STEADY) / clip
+        rate = rate_on_unit_rows(
+            noise_multiplier=noise_multiplier, batch_size=stage.batch_size, steps=steps, l2_norm_clip=clip
+        )
     else:
         # Smaller steps under more noise; the exponent goes through the rates measured at epsilon 1, 3 and 8.
         rate = (_RATE_ON_UNIT_ROWS if unit_rows else _RATE) * target_epsilon ** (2 / 3) / clip
     return dataclasses.replace(stage, learning_rate=rate)
+
+
+def rate_on_unit_rows(*, noise_multiplier: float, batch_size: int, steps: int, l2_norm_clip: float) -> float:
+    """The learning rate at which the noise of all steps adds 2 to the logit of a unit row, in standard deviation.
+
+    The sum of the noise of all steps in one weight is rate / (1 - momentum) * clip * noise / batch size * sqrt(steps), and a
+    logit of a row of norm 1 has as much of it, whatever the number of features. Beyond `50 / clip` training is not steady.
+    """
+    by_noise = _NOISE_IN_LOGIT * (1 - MOMENTUM) * batch_size / (noise_multiplier * math.sqrt(steps))
+    return min(by_noise, _STEADY) / l2_norm_clip
 
 
 def parts_of(recipe: AnyRecipe) -> tuple[Recipe, ...]:

@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from tfprivacy_ft import batch_norm
 from tfprivacy_ft.augmentation import augmented_rows
 from tfprivacy_ft.errors import UnsupportedModelError
-from tfprivacy_ft.finetune import backbones, features, lora, recipes, trainable
+from tfprivacy_ft.finetune import backbones, centering, features, lora, recipes, trainable
 from tfprivacy_ft.finetune.backbones import Classifier
 from tfprivacy_ft.finetune.inputs import Examples
 from tfprivacy_ft.plan import PrivacyPlan
@@ -19,12 +21,14 @@ class Stage:
 
     Args:
       model: what is trained; its trainable variables are what the stage moves.
-      batches: makes what `fit` reads, of the stage's plan and the private examples.
+      rows: makes inputs and labels for `model` of the private examples.
+      batches: makes what `fit` reads, of the stage's plan and these rows.
       inputs: makes what `model` reads of inputs of the whole model, for validation.
       finish: gives the whole model, once trained.
     """
 
     model: Any
+    rows: Callable[[Examples], Examples]
     batches: Callable[[PrivacyPlan, Examples], Any]
     inputs: Callable[[Any], Any]
     finish: Callable[[], Classifier]
@@ -54,18 +58,39 @@ def _head(recipe: Any, classifier: Classifier) -> Stage:
     for layer in classifier.head.layers:
         layer.trainable = True
 
-    def batches(plan: PrivacyPlan, examples: Examples) -> Any:
+    def rows(examples: Examples) -> Examples:
         x, y = examples.x, examples.y
         if recipe.augment is not None:
             x, y = augmented_rows(
                 x, y, recipe.augment, recipe.augmentations, seed=0
             )  # one seed: the cache is found again
-        return plan.batches(features.compute(classifier.features, x, cache=recipe.cache), y)
+        return Examples(features.compute(classifier.features, x, cache=recipe.cache), y)
 
     def inputs(x: Any) -> Any:
         return features.compute(classifier.features, x)
 
-    return Stage(classifier.head, batches, inputs, lambda: classifier)
+    return Stage(classifier.head, rows, _batches, inputs, lambda: classifier)
+
+
+def centered(stage: Stage, rows: Examples, mean: np.ndarray) -> Stage:
+    """A stage of a head that learns from rows without this mean of theirs, and ends as a head that reads them as they are.
+
+    Args:
+      stage: of `Head`.
+      rows: what it gave; they are centered where they stand, if they are in memory, and else batch by batch.
+      mean: what `centering.release_mean` gave of them.
+    """
+    center = centering.center_of(mean)
+    centering.adapt(stage.model, center)
+
+    def finish() -> Classifier:
+        centering.restore(stage.model, center)
+        return stage.finish()
+
+    if not rows.x.flags.writeable:
+        return dataclasses.replace(stage, model=centering.centering_model(stage.model, center), finish=finish)
+    centering.center_rows(rows.x, center)
+    return dataclasses.replace(stage, inputs=lambda x: centering.center_rows(stage.inputs(x), center), finish=finish)
 
 
 def _full(recipe: Any, classifier: Classifier) -> Stage:
@@ -89,7 +114,7 @@ def _lora(recipe: Any, classifier: Classifier) -> Stage:
         backbones.set_trainable_flags(merged, flags)
         return Classifier(merged, classifier.head_layers)
 
-    return Stage(adapted, _whole_batches(recipe), lambda x: x, finish)
+    return Stage(adapted, _same, _whole_batches(recipe), _same, finish)
 
 
 def _in_place(recipe: Any, classifier: Classifier, choose: Callable[[Any], Any]) -> Stage:
@@ -101,16 +126,21 @@ def _in_place(recipe: Any, classifier: Classifier, choose: Callable[[Any], Any])
         backbones.set_trainable_flags(classifier.model, flags)
         return classifier
 
-    return Stage(model, _whole_batches(recipe), lambda x: x, finish)
+    return Stage(model, _same, _whole_batches(recipe), _same, finish)
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+def _batches(plan: PrivacyPlan, rows: Examples) -> Any:
+    return plan.batches(rows.x, rows.y)
 
 
 def _whole_batches(recipe: Any) -> Callable[[PrivacyPlan, Examples], Any]:
-    def batches(plan: PrivacyPlan, examples: Examples) -> Any:
-        if recipe.augment is None:
-            return plan.batches(examples.x, examples.y)
-        return plan.batches(examples.x, examples.y, augment=recipe.augment)
-
-    return batches
+    if recipe.augment is None:
+        return _batches
+    return lambda plan, rows: plan.batches(rows.x, rows.y, augment=recipe.augment)
 
 
 _MAKERS: dict[type, Callable[[Any, Classifier], Stage]] = {

@@ -15,13 +15,14 @@ import tensorflow as tf
 from tfprivacy_ft import _check, batch_norm
 from tfprivacy_ft.compute_epsilon import compute_epsilon
 from tfprivacy_ft.errors import BudgetExceededError, CheckpointError, InvalidArgumentError, UnsupportedModelError
-from tfprivacy_ft.finetune import backbones, budget, checkpoints, inputs, recipes
+from tfprivacy_ft.finetune import backbones, budget, centering, checkpoints, inputs, recipes
 from tfprivacy_ft.finetune import stages as stage_makers
 from tfprivacy_ft.finetune.backbones import Classifier
 from tfprivacy_ft.finetune.checkpoints import Checkpoint, RunFolder, digest
 from tfprivacy_ft.finetune.inputs import Examples
 from tfprivacy_ft.finetune.recipes import AnyRecipe, Recipe
 from tfprivacy_ft.finetune.result import FineTuned
+from tfprivacy_ft.groups import Groups, groups_of
 from tfprivacy_ft.keras_compat import keras
 from tfprivacy_ft.ledger import Ledger, software
 from tfprivacy_ft.overlap import warn_of_shared_rows
@@ -29,6 +30,8 @@ from tfprivacy_ft.plan import PrivacyPlan
 from tfprivacy_ft.weight_averaging import WeightAveraging
 
 _log = logging.getLogger(__name__)
+
+_MOST_CLASSES = 20  # whose accuracies stand in the ledger, and in reports; the card has those of more
 
 
 def finetune(
@@ -67,7 +70,8 @@ def finetune(
       num_classes: >= 2, for a new head; None keeps the model's own.
       loss: None for the cross-entropy that fits the head; or a Keras loss, for a model with its own head.
       validation_data: public (x, y) to measure on after each epoch.
-      public_data: (x, y), or a dictionary of such pairs by name, that the model was trained on: recorded, not accounted.
+      public_data: (x, y), or a dictionary of such pairs by name, that the model was trained on: recorded, not accounted; y may
+        be None. A warning says how many private rows are in it.
       run_dir: folder for ledger and checkpoints; None keeps all in memory.
       resume: whether to go on with the run in `run_dir`, with the same model, data and settings; also where it was copied
         from another machine. What ran and is in no checkpoint runs again, and counts again.
@@ -119,7 +123,7 @@ def finetune(
             validation = _examples(
                 *_pair(validation_data, "validation_data"), classifier, loss, "validation_data", several=False
             )
-        run = _Run(folder, found, classifier, private, validation, _loss(loss, classifier), verbose)
+        run = _Run(folder, found, classifier, private, validation, loss, verbose)
         run.begin(
             num_new_weights=len(classifier.head.get_weights()) if num_classes is not None else 0,
             target_epsilon=float(target_epsilon),
@@ -127,7 +131,7 @@ def finetune(
             examples_per_user=examples_per_user,
             public_data=_described(public_data, private),
         )
-        return run.go(stages, is_classifier=loss is None)
+        return run.go(stages)
 
 
 class _Run:
@@ -145,7 +149,8 @@ class _Run:
     ):
         self._folder, self._recipe, self._classifier = folder, recipe, classifier
         self._private, self._validation = private, validation
-        self._loss, self._verbose = loss, verbose
+        self._loss, self._verbose = _loss(loss, classifier), verbose
+        self._is_classifier = loss is None
         self._history: list[dict[str, Any]] = []
 
     def begin(
@@ -170,6 +175,8 @@ class _Run:
             "shape_of_examples": [part["shape"][1:] for part in self._private.shapes["x"]],
         }
         stages = recipes.stages_of(self._recipe, num_examples=len(self._private))
+        if not num_new_weights:
+            stages = recipes.without_centering(stages)  # rows of unit length are before new heads only
         before = self._folder.facts
         if before.get("settings"):
             self._folder.refuse_another(settings)
@@ -196,7 +203,7 @@ class _Run:
             "software": software(),
         }
 
-    def go(self, stages: int | None, *, is_classifier: bool) -> FineTuned:
+    def go(self, stages: int | None) -> FineTuned:
         """Runs so many stages, or all that are left."""
         names = ("num_examples", "target_epsilon", "examples_per_user")
         facts = {name: self._facts["settings"][name] for name in names} | {"recipe": self._recipe.name}
@@ -206,10 +213,11 @@ class _Run:
             done = self._run_stages(ledger, stages)
             for plan in self._plans:
                 plan.settle()
-            model = keras.Model(self._classifier.model.input, self._classifier.model.output)
-            figures = {} if self._validation is None else _figures(model, self._validation, self._loss, is_classifier)
+            whole = self._classifier.model
+            model = keras.Model(whole.input, whole.output, name=whole.name)
+            figures, by_class = self._figures(model)
             if figures:
-                ledger.figures(figures)
+                ledger.figures(figures | _accuracies(by_class))
             report = compute_epsilon(ledger, delta=self._delta)
         finished = done == len(self._stages)
         self._folder.write(
@@ -218,11 +226,33 @@ class _Run:
             stages_done=done,
             epsilon=report.epsilon,
             figures=figures,
+            by_class=None if by_class is None else by_class.to_dict(),
             history=self._history,
         )
         return FineTuned(
-            model, report, self._history, figures, self._recipe, self._folder.facts, finished, self._folder.path
+            model,
+            report,
+            self._history,
+            figures,
+            self._recipe,
+            self._folder.facts,
+            finished,
+            self._folder.path,
+            by_class,
         )
+
+    def _figures(self, model: Any) -> tuple[dict[str, float], Groups | None]:
+        """What the model is worth on public examples, over all of them, and by class."""
+        if self._validation is None:
+            return {}, None
+        examples, outputs = self._validation, model.predict(self._validation.x, verbose=0)
+        targets = examples.y if outputs.ndim == examples.y.ndim or outputs.shape[-1] > 1 else examples.y[:, np.newaxis]
+        figures = {"loss": float(tf.reduce_mean(keras.losses.get(self._loss)(targets, outputs)))}
+        if not self._is_classifier:
+            return figures, None
+        by_class = groups_of(outputs, examples.y)
+        auc = by_class.overall.auc
+        return figures | {"accuracy": by_class.overall.accuracy} | ({} if auc is None else {"auc": auc}), by_class
 
     def _run_stages(self, ledger: Ledger, stages: int | None) -> int:
         """Runs the stages that are left, or as many of them; how many are done."""
@@ -249,17 +279,22 @@ class _Run:
         recipe, plan = self._stages[number], self._plans[number]
         plan.continue_ledger(ledger)
         stage = stage_makers.prepare(recipe, self._classifier)
-        stage.model.compile(_optimizer(recipe, plan), loss=self._loss, metrics=["accuracy"], jit_compile=False)
+        metrics = ["accuracy"] if self._is_classifier else []  # a loss of the user's own may be of anything
         decay = None if recipe.average_weights is True else recipe.average_weights
         average = WeightAveraging(decay) if recipe.average_weights else None
-        epochs_done = 0
-        if checkpoint is not None:
-            _restore(stage.model, average, checkpoint)
-            epochs_done = checkpoint.epoch
+        epochs_done = 0 if checkpoint is None else checkpoint.epoch
         try:
+            rows, mean = stage.rows(self._private), None
+            if isinstance(recipe, recipes.Head) and recipe.center:
+                mean = self._mean(rows, recipe, plan) if checkpoint is None else checkpoint.mean
+                assert mean is not None, "a checkpoint of a centered head without its mean"
+                stage = stage_makers.centered(stage, rows, mean)
+            stage.model.compile(_optimizer(recipe, plan), loss=self._loss, metrics=metrics, jit_compile=False)
+            if checkpoint is not None:
+                _restore(stage.model, average, checkpoint)
             if epochs_done < plan.epochs:
-                every_epoch = _EveryEpoch(self._folder, ledger, self._history, number, recipe, average)
-                self._fit(stage, plan, epochs_done, [*([] if average is None else [average]), every_epoch])
+                every_epoch = _EveryEpoch(self._folder, ledger, self._history, number, recipe, average, mean)
+                self._fit(stage, rows, plan, epochs_done, [*([] if average is None else [average]), every_epoch])
             elif average is not None:  # killed between the last epoch and the end of the stage
                 _assign_average(stage.model, checkpoint)
         except BudgetExceededError as error:
@@ -274,10 +309,26 @@ class _Run:
             self._classifier = stage.finish()
         return True
 
-    def _fit(self, stage: stage_makers.Stage, plan: PrivacyPlan, epochs_done: int, callbacks: list[Any]) -> None:
+    def _mean(self, rows: Examples, recipe: recipes.Head, plan: PrivacyPlan) -> np.ndarray:
+        """The mean of a head's rows, released within the budget."""
+        assert plan.target_epsilon is not None
+        event = budget.event_of_mean(
+            recipe, plan.noise_multiplier, num_examples=len(self._private), examples_per_user=plan.examples_per_user
+        )
+        budgeted: dict[str, Any] = {"ledger": plan.ledger, "target_epsilon": plan.target_epsilon, "delta": plan.delta}
+        return centering.release_mean(rows.x, event, rows_per_example=plan.rows_per_example, **budgeted)
+
+    def _fit(
+        self,
+        stage: stage_makers.Stage,
+        rows: Examples,
+        plan: PrivacyPlan,
+        epochs_done: int,
+        callbacks: list[Any],
+    ) -> None:
         validation = self._validation
         stage.model.fit(
-            stage.batches(plan, self._private),
+            stage.batches(plan, rows),
             epochs=plan.epochs,
             initial_epoch=epochs_done,
             validation_data=None if validation is None else (stage.inputs(validation.x), validation.y),
@@ -298,8 +349,10 @@ class _EveryEpoch(keras.callbacks.Callback):
         stage: int,
         recipe: Recipe,
         average: WeightAveraging | None,
+        mean: np.ndarray | None,
     ):
         super().__init__()
+        self._mean = mean
         self._folder, self._ledger, self._history = folder, ledger, history
         self._stage, self._recipe, self._average = stage, recipe, average
 
@@ -309,6 +362,7 @@ class _EveryEpoch(keras.callbacks.Callback):
         self._history.append({"stage": self._stage + 1, "recipe": self._recipe.name, "epoch": epoch + 1, **figures})
         if self._folder.path is None:
             return
+        moving_clip = self.model.optimizer.mechanism.moving_clip
         self._folder.save(
             Checkpoint(
                 stage=self._stage,
@@ -318,6 +372,8 @@ class _EveryEpoch(keras.callbacks.Callback):
                 weights=[np.asarray(variable) for variable in self.model.trainable_variables],
                 optimizer=[np.asarray(variable) for variable in self.model.optimizer.variables],
                 average={} if self._average is None else self._average.state(),
+                mean=self._mean,
+                moving_clip=None if moving_clip is None else float(moving_clip.value()),
             )
         )
 
@@ -330,6 +386,8 @@ def _restore(model: Any, average: WeightAveraging | None, checkpoint: Checkpoint
     _assign(list(model.optimizer.variables), checkpoint.optimizer)
     if average is not None:
         average.load_state(checkpoint.average)
+    if checkpoint.moving_clip is not None:
+        model.optimizer.mechanism.moving_clip.go_on_from(checkpoint.moving_clip)
 
 
 def _assign(variables: list[Any], values: list[np.ndarray]) -> None:
@@ -365,8 +423,8 @@ def _classifier(
     if num_classes is None:
         return backbones.with_own_head(model, probabilities=loss is None)
     heads = [part for part in recipes.parts_of(recipe) if isinstance(part, recipes.Head)]
-    hidden_units = heads[0].hidden_units if heads else ()
-    return backbones.with_new_head(model, num_classes, hidden_units)
+    head = heads[0] if heads else recipes.Head()
+    return backbones.with_new_head(model, num_classes, head.hidden_units, head.norm_groups)
 
 
 def _examples(x: Any, y: Any, classifier: Classifier, loss: Any, name: str, *, several: bool) -> Examples:
@@ -410,21 +468,11 @@ def _optimizer_class(recipe: Recipe) -> type:
     return made
 
 
-def _figures(model: Any, examples: Examples, loss: Any, is_classifier: bool) -> dict[str, float]:
-    """What the model is worth on public examples."""
-    from sklearn.metrics import roc_auc_score
-
-    outputs = model.predict(examples.x, verbose=0)
-    targets = examples.y if outputs.ndim == examples.y.ndim or outputs.shape[-1] > 1 else examples.y[:, np.newaxis]
-    figures = {"loss": float(tf.reduce_mean(keras.losses.get(loss)(targets, outputs)))}
-    if not is_classifier:
-        return figures
-    positive = outputs[:, -1]
-    guesses = outputs.argmax(axis=1) if outputs.shape[1] > 1 else (positive > 0.5).astype(np.int32)
-    figures["accuracy"] = float(np.mean(guesses == examples.y))
-    if outputs.shape[1] <= 2 and len(np.unique(examples.y)) == 2:
-        figures["auc"] = float(roc_auc_score(examples.y, positive))
-    return figures
+def _accuracies(by_class: Groups | None) -> dict[str, float]:
+    """The accuracy of each class as a figure for the ledger."""
+    if by_class is None or len(by_class.classes) > _MOST_CLASSES:
+        return {}
+    return {f"accuracy of class {name}": figures.accuracy for name, figures in by_class.classes.items()}
 
 
 def _describe(stage: Recipe, plan: PrivacyPlan) -> dict[str, Any]:
@@ -439,6 +487,6 @@ def _described(public_data: Any, private: Examples) -> dict[str, Any]:
     for name, pair in named.items():
         warn_of_shared_rows(name, _pair(pair, f"public_data[{name!r}]")[0], private.x)
     return {
-        name: [[list(np.shape(part)) for part in tf.nest.flatten(array)] for array in pair]
+        name: [[list(np.shape(part)) for part in tf.nest.flatten(array)] for array in pair if array is not None]
         for name, pair in named.items()
     }

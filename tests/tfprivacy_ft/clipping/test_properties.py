@@ -219,13 +219,13 @@ def test_equals_a_loop_over_examples(seed):
     CHECKED.update(check_against_loop(seed, 1e-4, static=seed % 3 == 0, checked=CHECKED))
 
 
-@over_seeds(16)
+@over_seeds(10)
 def test_equals_a_loop_over_examples_in_double_precision(seed):
     with floats("float64"):
         check_against_loop(seed, 1e-9, static=seed % 3 == 0)
 
 
-@over_seeds(12)
+@over_seeds(8)
 def test_a_step_of_fit_releases_what_the_loop_gives(seed):
     case = architectures.build(seed, EXAMPLES, without=("dropout",))
     with described(case):
@@ -241,7 +241,7 @@ def test_a_step_of_fit_releases_what_the_loop_gives(seed):
         assert_same(released, expected, 1e-4, max(largest(expected), 1e-2 * largest(before)), "released")
 
 
-@over_seeds(8)
+@over_seeds(5)
 def test_dropout_leaves_the_clip_in_place(seed):
     case = architectures.build(seed, 1, without=("activity",), weighted=True, needs="dropout")
     with described(case):
@@ -260,7 +260,7 @@ OPTIMIZERS = (
 )
 
 
-@over_seeds(12)
+@over_seeds(8)
 def test_without_clip_and_noise_training_is_that_of_keras(seed):
     case = architectures.build(seed, EXAMPLES, without=("dropout", "masked", "activity"))
     # Keras 3's Adam squares each of several gradients of one row of a table, rather than their sum.

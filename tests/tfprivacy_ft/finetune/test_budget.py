@@ -13,6 +13,7 @@ def test_all_stages_together_use_the_budget_and_no_more():
     first, second = budget.solve(STAGES, **RUN)
     assert second == pytest.approx(first / 2)
     together = [
+        budget.event_of_mean(STAGES[0], first, num_examples=1000),
         Event.poisson(count=10, noise_multiplier=first, sampling_probability=1.0),
         Event.poisson(count=20, noise_multiplier=second, sampling_probability=0.1),
     ]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from finetune_models import attention_model, nested_model
 from helpers import CrossEntropy, assert_exact, labels, rows
 
 from tfprivacy_ft import keras_compat, models
@@ -13,28 +14,10 @@ from tfprivacy_ft.keras_compat import keras, short_name
 layers = keras.layers
 
 
-def _attention():
-    inputs = keras.Input((5, 6))
-    x = layers.Add()([inputs, layers.MultiHeadAttention(2, 3, name="attention")(inputs, inputs)])
-    x = layers.Dense(7, "gelu", name="wide")(layers.LayerNormalization()(x))
-    return keras.Model(inputs, layers.Dense(4, "softmax", name="head")(layers.GlobalAveragePooling1D()(x)))
-
-
-def _nested():
-    body = [
-        keras.Input((6, 6, 2)),
-        layers.Conv2D(4, 3, activation="tanh", name="filters"),
-        layers.GroupNormalization(2),
-    ]
-    backbone = keras.Sequential([*body, layers.Flatten(), layers.Dense(5, "tanh", name="top")], name="backbone")
-    inputs = keras.Input((6, 6, 2))
-    return keras.Model(inputs, layers.Dense(4, "softmax", name="head")(backbone(inputs)))
-
-
 MODELS = {
     "mlp": (lambda: models.build_model("mlp", (6,), 4, hidden_units=(8, 5)), (6,)),
     "cnn": (lambda: models.build_model("cnn", (6, 6, 1), 4, filters=(3, 4), hidden_units=(5,)), (6, 6, 1)),
-    "attention": (_attention, (5, 6)),
+    "attention": (attention_model, (5, 6)),
 }
 
 
@@ -100,7 +83,7 @@ def _weights_of_last_layer(model):
 
 
 def test_dense_and_einsum_layers_of_any_depth_are_adapted_by_default_and_the_head_is_trained_whole():
-    base = _attention()
+    base = attention_model()
     before = base.get_weights()
     model = add_lora(base)
     assert {layer.name for layer in _adapted_layers(model)} == {"query", "key", "value", "attention_output", "wide"}
@@ -110,18 +93,18 @@ def test_dense_and_einsum_layers_of_any_depth_are_adapted_by_default_and_the_hea
     assert {id(w) for w in base.weights}.isdisjoint(id(w) for w in model.weights)
     for value, same in zip(before, base.get_weights(), strict=True):
         np.testing.assert_array_equal(value, same)
-    nested = add_lora(_nested())
+    nested = add_lora(nested_model())
     assert [layer.name for layer in _adapted_layers(nested)] == ["top"]
 
 
 @pytest.mark.parametrize(
     ("make", "chosen", "adapted"),
     [
-        (_attention, ["query", "value"], {"query", "value"}),
-        (_attention, ["attention"], {"query", "key", "value", "attention_output"}),
-        (_attention, ["head"], {"head"}),
-        (_nested, ["backbone"], {"filters", "top"}),
-        (_nested, lambda layer: isinstance(layer, layers.Conv2D), {"filters"}),
+        (attention_model, ["query", "value"], {"query", "value"}),
+        (attention_model, ["attention"], {"query", "key", "value", "attention_output"}),
+        (attention_model, ["head"], {"head"}),
+        (nested_model, ["backbone"], {"filters", "top"}),
+        (nested_model, lambda layer: isinstance(layer, layers.Conv2D), {"filters"}),
     ],
 )
 def test_layers_are_chosen_by_name_by_what_they_are_in_or_by_a_function(make, chosen, adapted):
@@ -142,7 +125,7 @@ def test_other_kinds_of_layers_are_exact_and_fast():
 
 
 def test_a_file_computes_the_same_and_training_goes_on_from_it(tmp_path):
-    model = _trained(add_lora(_attention(), rank=2))
+    model = _trained(add_lora(attention_model(), rank=2))
     x = rows(5, 6)
     model.save(tmp_path / "adapted.keras")
     loaded = keras.models.load_model(tmp_path / "adapted.keras", compile=False)
@@ -157,7 +140,7 @@ def test_a_file_computes_the_same_and_training_goes_on_from_it(tmp_path):
 
 
 def test_the_merged_model_is_saved_as_a_plain_one(tmp_path):
-    merged = merge_lora(_trained(add_lora(_nested(), layers=["backbone"])))
+    merged = merge_lora(_trained(add_lora(nested_model(), layers=["backbone"])))
     merged.save(tmp_path / "merged.keras")
     loaded = keras.models.load_model(tmp_path / "merged.keras", compile=False)
     np.testing.assert_array_equal(loaded(rows(6, 6, 2)), merged(rows(6, 6, 2)))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from finetune_models import attention_model, nested_model
 from helpers import CrossEntropy, assert_exact, labels, rows
 
 from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedModelError
@@ -9,21 +10,6 @@ from tfprivacy_ft.finetune.trainable import train_all, train_last_layers, train_
 from tfprivacy_ft.keras_compat import keras, short_name
 
 layers = keras.layers
-
-
-def _attention():
-    inputs = keras.Input((5, 6))
-    x = layers.Add()([inputs, layers.MultiHeadAttention(2, 3, name="attention")(inputs, inputs)])
-    x = layers.Dense(7, "gelu", name="wide")(layers.LayerNormalization()(x))
-    return keras.Model(inputs, layers.Dense(4, "softmax", name="head")(layers.GlobalAveragePooling1D()(x)))
-
-
-def _nested(norm=None):
-    norm = norm or layers.GroupNormalization(2)
-    body = [keras.Input((6, 6, 2)), layers.Conv2D(4, 3, activation="tanh", name="filters"), norm]
-    backbone = keras.Sequential([*body, layers.Flatten(), layers.Dense(5, "tanh", name="top")], name="backbone")
-    inputs = keras.Input((6, 6, 2))
-    return keras.Model(inputs, layers.Dense(4, "softmax", name="head")(backbone(inputs)))
 
 
 def _mlp():
@@ -34,7 +20,7 @@ def _names(model):
     return [short_name(variable) for variable in model.trainable_variables]
 
 
-@pytest.mark.parametrize(("make", "shape"), [(_mlp, (6,)), (_nested, (6, 6, 2)), (_attention, (5, 6))])
+@pytest.mark.parametrize(("make", "shape"), [(_mlp, (6,)), (nested_model, (6, 6, 2)), (attention_model, (5, 6))])
 def test_biases_are_trained_exactly_and_fast_and_nothing_else_moves(make, shape, tmp_path):
     model = make()
     x, y = rows(*shape), labels()
@@ -57,7 +43,7 @@ def test_biases_are_trained_exactly_and_fast_and_nothing_else_moves(make, shape,
 
 
 def test_the_last_layer_can_be_left_out_and_frozen_weights_are_listed_as_such():
-    model = _attention()
+    model = attention_model()
     part = train_only_biases(model, also_last=False)
     assert _names(part) == ["bias"] * 4 + ["beta"] + ["bias"] * 2
     assert sorted(map(short_name, part.non_trainable_weights)) == ["gamma"] + ["kernel"] * 6
@@ -65,25 +51,25 @@ def test_the_last_layer_can_be_left_out_and_frozen_weights_are_listed_as_such():
 
 
 def test_batch_normalization_stays_frozen():
-    model = _nested(layers.BatchNormalization())
+    model = nested_model(layers.BatchNormalization())
     assert _names(train_only_biases(model)) == ["bias", "bias", "kernel", "bias"]
     assert _names(train_last_layers(model, 3)) == ["kernel", "bias"] * 3  # passed over
     assert _names(train_all(model)) == ["kernel", "bias"] * 3
 
 
 def test_the_last_layers_are_those_before_the_output_whatever_model_they_are_in():
-    model = _nested()
+    model = nested_model()
     assert train_last_layers(model, 1) is model
     assert _names(model) == ["kernel", "bias"]
     assert len(train_last_layers(model, 2).trainable_variables) == 4
     assert _names(train_last_layers(model, 3)) == ["gamma", "beta", "kernel", "bias", "kernel", "bias"]
-    attention = train_last_layers(_attention(), 3)
+    attention = train_last_layers(attention_model(), 3)
     assert _names(attention) == ["gamma", "beta", "kernel", "bias", "kernel", "bias"]
     assert len(train_last_layers(attention, 4).trainable_variables) == len(attention.weights)
 
 
 def test_all_can_be_trained_again():
-    model = _attention()
+    model = attention_model()
     train_only_biases(model)
     train_last_layers(model)
     assert len(train_all(model).trainable_variables) == len(model.weights)
@@ -92,7 +78,7 @@ def test_all_can_be_trained_again():
 @pytest.mark.parametrize("count", [0, 1.5, 5])
 def test_a_count_that_is_no_number_of_layers_is_refused(count):
     with pytest.raises(InvalidArgumentError, match=f"count={count}"):
-        train_last_layers(_nested(), count)
+        train_last_layers(nested_model(), count)
 
 
 def test_models_without_biases_or_without_weights_are_refused():

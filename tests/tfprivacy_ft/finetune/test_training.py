@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -9,13 +10,15 @@ import warnings
 import killed_fine_tuning as killed
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from tfprivacy_ft import datasets, ledger, models
+from tfprivacy_ft import datasets, ledger, models, weights
+from tfprivacy_ft.augmentation import RandomShift
 from tfprivacy_ft.clipping import SlowClippingWarning
 from tfprivacy_ft.errors import CheckpointError, DatasetError, InvalidArgumentError, UnsupportedModelError
 from tfprivacy_ft.events import Event
 from tfprivacy_ft.finetune import Bias, Full, Head, LastLayers, LoRA, Staged, features, finetune
-from tfprivacy_ft.keras_compat import keras
+from tfprivacy_ft.keras_compat import IS_KERAS_3, keras, write_saved_model
 from tfprivacy_ft.overlap import PublicOverlapWarning
 
 PROGRAM = pathlib.Path(killed.__file__)
@@ -81,6 +84,19 @@ def test_the_folder_says_what_happened(head):
     assert ledger.read(folder / "run").events == tuple(result.report.accounts[0].events)
 
 
+def test_figures_by_class_are_in_the_result_the_folder_the_ledger_and_the_card(head, tmp_path):
+    result, folder, _ = head
+    found = result.by_group(DATA.x_test, DATA.y_test)
+    assert result.by_class == found and list(found.classes) == ["0", "1"]
+    assert json.loads((folder / "run" / "run.json").read_text())["by_class"] == found.to_dict()
+    last = ledger.read(folder / "run").history[-1].figures  # of which the report shows the last
+    assert last == result.figures | {f"accuracy of class {name}": found.classes[name].accuracy for name in "01"}
+    assert "| class 1 |" in result.write_card(tmp_path)[0].read_text()
+    by_group = result.by_group(DATA.x_test, DATA.y_test, {"side": np.where(np.arange(114) % 3, "a", "b")})
+    assert set(by_group.groups) == {"side = a", "side = b"}
+    assert "| side = a |" in result.write_card(tmp_path, groups=by_group)[0].read_text()
+
+
 def test_the_saved_model_loads_without_the_library(head, tmp_path):
     result, _, _ = head
     result.save(tmp_path / "model.keras")
@@ -91,6 +107,31 @@ def test_the_saved_model_loads_without_the_library(head, tmp_path):
     )
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True)
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), result.model.predict(DATA.x_test, verbose=0), rtol=1e-5)
+
+
+def test_a_saved_model_of_tensorflow_is_fine_tuned_and_is_one_again(backbone, tmp_path, monkeypatch):
+    """On Keras 3 a SavedModel is a layer that no .keras file holds; what is saved needs nothing of the first folder."""
+    write_saved_model(backbone, str(tmp_path / "public"))
+    pretrained = weights.load_backbone(tmp_path / "public")
+    result = run(pretrained, recipe=Head(epochs=1), num_classes=2)
+    expected = result.model.predict(DATA.x_test, verbose=0)
+    if IS_KERAS_3:
+        assert result.file_name == "model"
+        with pytest.raises(UnsupportedModelError, match=r"of which a \.keras file would hold the path alone"):
+            result.save(tmp_path / "model.keras")
+    with pytest.raises(InvalidArgumentError, match=r"model\.txt' is not allowed: give a name that ends in \.keras"):
+        result.save(tmp_path / "model.txt")
+    result.save(tmp_path / "model")
+    shutil.rmtree(tmp_path / "public")
+    again = weights.load_backbone(tmp_path / "model")
+    np.testing.assert_allclose(again.predict(DATA.x_test, verbose=0), expected, rtol=1e-5)
+    if IS_KERAS_3:
+        card, _ = result.write_card(tmp_path)
+        monkeypatch.chdir(tmp_path)
+        names = {}
+        exec(re.search("```python\n(.*?)```", card.read_text(), re.DOTALL)[1], names)
+        (outputs,) = names["model"](tf.constant(DATA.x_test)).values()
+        np.testing.assert_allclose(outputs, expected, rtol=1e-5)
 
 
 def test_a_finished_run_is_not_begun_again_and_gives_its_model_again(head, backbone):
@@ -234,6 +275,7 @@ def test_a_run_that_was_killed_before_it_wrote_what_it_is_begins_anew_in_its_led
         ({"y": np.zeros(455)}, DatasetError, "x, y holds one class only: give"),
         ({"y": np.full(455, 0.5)}, DatasetError, "other than the whole numbers from 0 to 1"),
         ({"y": np.arange(455)}, DatasetError, "holds labels other than"),
+        ({"y": np.array(["no", "yes"])[DATA.y_train]}, DatasetError, "x, y holds values of dtype <U"),
         ({"y": np.eye(2)[DATA.y_train]}, DatasetError, "not one-hot rows"),
         ({"x": np.where(DATA.x_train > 0.9, np.nan, DATA.x_train)}, DatasetError, "x, y holds NaN or infinity"),
         ({"x": DATA.x_train.astype(str)}, DatasetError, "x, y holds values of dtype <U"),
@@ -262,19 +304,74 @@ def test_what_cannot_be_trained_on_is_said_in_one_sentence_and_the_folder_keeps_
     assert not list(tmp_path.glob("ledger*")) or "optimizer" in text
 
 
-def test_a_batch_normalisation_that_would_train_is_refused_before_the_first_step_or_frozen(tmp_path):
-    norm = keras.layers.BatchNormalization(name="mixing")
-    model = keras.Sequential([keras.layers.Input((30,)), norm])
-    norm.moving_mean.assign(np.linspace(-1, 1, 30))
-    recipe = Staged((Head(epochs=1), Full(epochs=1, batch_size=455)))
+@pytest.fixture(scope="module")
+def images():
+    digits = datasets.load("digits")
+    return digits.x_train[:200], digits.y_train[:200]
+
+
+def convolutional():
+    """A small network with a BatchNormalization that has seen something."""
+    body = [
+        keras.layers.Input((8, 8, 1)),
+        keras.layers.Conv2D(8, 3, strides=2, use_bias=False, name="filters"),
+        keras.layers.BatchNormalization(name="mixing"),
+        keras.layers.Activation("tanh"),
+        keras.layers.Flatten(),
+    ]
+    model = keras.Sequential(body, name="small_network")
+    model.get_layer("mixing").moving_mean.assign(np.linspace(-1, 1, 8))
+    return model
+
+
+TWICE = {"epochs": 1, "batch_size": 200, "augment": RandomShift(1), "augmentations": 2}
+
+
+def test_a_batch_normalisation_that_would_train_is_refused_before_the_first_step_or_frozen(images, tmp_path):
+    model, recipe = convolutional(), Staged((Head(**TWICE), Full(**TWICE)))
     with pytest.raises(UnsupportedModelError, match="'mixing' is a BatchNormalization that trains"):
-        run(model, recipe=recipe, num_classes=2, run_dir=tmp_path)
+        run(model, *images, recipe=recipe, num_classes=10, run_dir=tmp_path)
     assert not (tmp_path / "ledger.jsonl").exists()
-    result = run(model, recipe=recipe, num_classes=2, fix_batchnorm="freeze", run_dir=tmp_path)
+    result = run(model, *images, recipe=recipe, num_classes=10, fix_batchnorm="freeze", run_dir=tmp_path)
     frozen = result.model.get_layer("mixing")
-    for before, after in zip(norm.get_weights(), frozen.get_weights(), strict=True):
+    for before, after in zip(model.get_layer("mixing").get_weights(), frozen.get_weights(), strict=True):
         np.testing.assert_array_equal(before, after)
-    assert result.finished
+    assert not np.array_equal(result.model.get_layer("filters").kernel, model.get_layer("filters").kernel)
+    # Two augmentations of an example are one example in the accounts: the mean of the features, and a step for each stage.
+    assert sum(event.count for event in ledger.read(tmp_path).events) == 3 and result.epsilon <= 2.0
+
+
+def test_a_batch_normalisation_becomes_one_of_groups_that_is_trained(images, tmp_path):
+    result = run(convolutional(), *images, recipe=Full(**TWICE), num_classes=10, fix_batchnorm="groupnorm")
+    assert sum(event.count for event in result.report.accounts[0].events) == 1
+    result.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    norm = loaded.get_layer("mixing")
+    assert isinstance(norm, keras.layers.GroupNormalization) and loaded.name == result.model.name == "small_network"
+    assert not np.array_equal(norm.get_weights()[0], np.ones(8))
+    np.testing.assert_allclose(
+        loaded.predict(images[0][:5], verbose=0), result.model.predict(images[0][:5], verbose=0), rtol=1e-5
+    )
+
+
+def test_inputs_by_name_and_a_loss_of_ones_own():
+    """A regression on two named inputs, in another order than the names' own, with the model's own head."""
+    wide, able = keras.Input((20,), name="wide"), keras.Input((9,), name="able")
+    hidden = keras.layers.Dense(4, "tanh", name="hidden")(keras.layers.Concatenate()([wide, able]))
+    model = keras.Model([wide, able], keras.layers.Dense(1, name="output")(hidden))
+    by_name, held_out = (({"able": x[:, 20:29], "wide": x[:, :20]}, 10 * x[:, 29]) for x in (DATA.x_train, DATA.x_test))
+    recipe = Staged((Head(epochs=1, batch_size=455), Full(epochs=1, batch_size=455)))
+    result = run(model, *by_name, recipe=recipe, loss="mse", validation_data=held_out, target_epsilon=50.0)
+    # Nothing that only classes have is measured; the loss is that of what the model predicts, shape by shape.
+    assert set(result.figures) == {"loss"} and not any("accuracy" in name for name in result.history[-1])
+    errors = result.model.predict(held_out[0], verbose=0)[:, 0] - held_out[1]
+    assert result.figures["loss"] == pytest.approx(np.mean(errors**2), rel=1e-5)
+    assert all(
+        not np.array_equal(before, after)
+        for before, after in zip(model.get_weights(), result.model.get_weights(), strict=True)
+    )
+    with pytest.raises(DatasetError, match="inputs called able and high and the model takes able and wide"):
+        run(model, {"able": by_name[0]["able"], "high": by_name[0]["wide"]}, by_name[1], recipe=recipe, loss="mse")
 
 
 def test_a_card_says_what_the_result_says(head, tmp_path):
