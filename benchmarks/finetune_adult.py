@@ -41,7 +41,7 @@ def public_categories():
 
 
 def read(file, categories):
-    """Features [n, columns] of unit rows, and whether each earns more than 50,000."""
+    """Features [n, columns], and whether each earns more than 50,000."""
     content = gzip.decompress(datasets._read_checked(file, "adult", (FILES[file],), URL)).decode()
     records = list(csv.DictReader(io.StringIO(content)))
     columns = []
@@ -53,7 +53,7 @@ def read(file, categories):
         numbers = np.array([float(record[column]) for record in records])
         columns.append(0.5 * (numbers[:, None] >= np.array(bounds)))
     y = np.array([record["income"].strip().startswith(">") for record in records], np.int32)
-    return _finetune.unit_rows(np.concatenate(columns, axis=1).astype(np.float32)), y
+    return np.concatenate(columns, axis=1).astype(np.float32), y
 
 
 def splits(runs):

@@ -12,7 +12,7 @@ import numpy as np
 
 def splits(runs):
     x, y, hospitals = federated_records.load()
-    x = _finetune.unit_rows(np.concatenate([x, hospitals[:, None] == np.unique(hospitals)], axis=1))
+    x = np.concatenate([x, hospitals[:, None] == np.unique(hospitals)], axis=1).astype(np.float32)
     held_out = [federated_records.held_out(y, hospitals, seed) for seed in range(runs)]
     return [_finetune.Split(x[~test], y[~test], x[test], y[test]) for test in held_out]
 

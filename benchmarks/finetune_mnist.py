@@ -15,17 +15,18 @@ import _finetune
 import numpy as np
 
 from tfprivacy_ft import datasets
+from tfprivacy_ft.finetune import Head
 
-GROUPS = 27
+RECIPE = Head(norm_groups=27)
 
 
 def scatter(images):
-    """Scattering features of images in [0, 1], as unit rows."""
+    """Scattering features [n, 7, 7, 81] of images in [0, 1]."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from kymatio.numpy import Scattering2D
 
-    return _finetune.group_normalized(Scattering2D(J=2, shape=images.shape[1:])(images).astype(np.float32), GROUPS)
+    return np.moveaxis(Scattering2D(J=2, shape=images.shape[1:])(images).astype(np.float32), 1, -1)
 
 
 def features(images):
@@ -40,8 +41,8 @@ def splits(runs):
     import kymatio  # noqa: F401
 
     data = datasets.load("mnist")
-    split = _finetune.Split(features(data.x_train), data.y_train, features(data.x_test), data.y_test, data.num_classes)
-    return [split] * runs
+    x, x_test = features(data.x_train), features(data.x_test)
+    return [_finetune.Split(x, data.y_train, x_test, data.y_test, data.num_classes, recipe=RECIPE)] * runs
 
 
 if __name__ == "__main__":

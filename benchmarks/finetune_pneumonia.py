@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfprivacy_ft import datasets
+from tfprivacy_ft.weights import load_backbone
 
 IMAGES, IMAGES_SHA256 = "pneumoniamnist.npz", "ce8250bf5debc3c389b89affcc1d9feac579b26e875a848301e9f937bb0c2eee"
 IMAGES_URL = "https://medmnist.com"
@@ -20,29 +21,25 @@ SIZE = 96
 MEANS = (103.939, 116.779, 123.68)  # of ImageNet: blue, green, red
 
 
-def squeezenet():
-    """SqueezeNet as pretrained, up to its last features before the mean over places: [batch, 5, 5, 512]."""
-    from tfprivacy_ft.weights import load_backbone
+def backbone():
+    """From grey X-rays [28, 28, 1] in 0 .. 255 to the features of a pretrained SqueezeNet, [5, 5, 512]."""
+    squeezenet = load_backbone("squeezenet", (SIZE, SIZE, 3))
+    inputs = tf.keras.Input((28, 28, 1))
+    resized = tf.keras.layers.Resizing(SIZE, SIZE)(inputs)
+    colours = [tf.keras.layers.Rescaling(1.0, -mean)(resized) for mean in MEANS]
+    return tf.keras.Model(inputs, squeezenet(tf.keras.layers.Concatenate()(colours)))
 
-    return load_backbone("squeezenet", (SIZE, SIZE, 3))
 
-
-def features(model, images):
-    """Unit rows [n, 12800] of grey images [n, 28, 28] in 0 .. 255."""
-    found = []
-    for part in np.array_split(images.astype(np.float32)[..., None], max(1, len(images) // 128)):
-        resized = tf.repeat(tf.image.resize(part, (SIZE, SIZE)), 3, axis=-1) - tf.constant(MEANS)
-        found.append(model(resized, training=False).numpy().reshape(len(part), -1))
-    return _finetune.unit_rows(np.concatenate(found))
+def images_of(part):
+    """Images [n, 28, 28, 1] and labels [n] of "train", "val" or "test"."""
+    content = datasets._read_checked(IMAGES, "pneumoniamnist", (IMAGES_SHA256,), IMAGES_URL)
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+    return images[..., None].astype(np.float32), labels.ravel().astype(np.int32)
 
 
 def splits(runs):
-    content = datasets._read_checked(IMAGES, "pneumoniamnist", (IMAGES_SHA256,), IMAGES_URL)
-    model = squeezenet()
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        x, x_test = (features(model, arrays[f"{part}_images"]) for part in ("train", "test"))
-        y, y_test = (arrays[f"{part}_labels"].ravel().astype(np.int32) for part in ("train", "test"))
-    return [_finetune.Split(x, y, x_test, y_test)] * runs
+    return [_finetune.Split(*images_of("train"), *images_of("test"), backbone=backbone())] * runs
 
 
 if __name__ == "__main__":
