@@ -509,6 +509,10 @@ class _Architect:
             name, options["strides"] = name + "Transpose", self.pick(1, 2) if max(sizes) < 9 else 1
         elif kind == "separable":
             name, options["depth_multiplier"] = "Separable" + name, self.pick(1, 2)
+        if options.get("strides", 1) > 1 and np.max(kernel) == 1:
+            # TensorFlow's own gradient of such a kernel over few channels writes beyond its memory on some CPUs, and ends
+            # the process (oneDNN, issue 6035).
+            options["strides"] = 1
         if kind == "depthwise":
             strides = {"strides": 2} if self.chance(0.4) else {}
             layer = getattr(layers, "Depthwise" + name)(kernel, depth_multiplier=self.pick(1, 2), **options, **strides)

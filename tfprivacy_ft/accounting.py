@@ -221,6 +221,36 @@ def accounts(events: Event | Iterable[Event], delta: float) -> tuple[Account, ..
     return tuple(_account(unit, relation, groups[unit, relation], float(delta)) for unit, relation in ordered)
 
 
+def quick_epsilon(events: Event | Iterable[Event], delta: float) -> float:
+    """A bound on the largest epsilon of `accounts`, ten times as quick to have: for what is shown while a training runs.
+
+    Args:
+      events, delta: as in `accounts`.
+
+    Returns:
+      No less than the largest epsilon of `accounts`, and seldom more than half a percent above it; 0.0 if nothing was
+      released.
+
+    Raises:
+      InvalidArgumentError: delta is outside its range.
+
+    Example:
+      >>> event = Event.poisson(count=100, noise_multiplier=1.0, sampling_probability=0.01)
+      >>> 1 <= quick_epsilon(event, delta=1e-5) / epsilon(event, delta=1e-5) < 1.005
+      True
+    """
+    _check.open_unit_interval(delta=delta)
+
+    def of(releases: tuple[_Release, ...]) -> float:
+        if not _has_pld(releases):
+            return _rdp_epsilon(releases, delta)
+        return (_fine_epsilon if _needs_lemma(releases) else _coarse_epsilon)(
+            releases, delta
+        )  # mixtures' grid is coarse
+
+    return max((of(_releases(group)) for group in _groups(events).values()), default=0.0)
+
+
 def concerning(unit: Unit, events: Iterable[Event]) -> list[Event]:
     """What `events` release about one unit of privacy.
 
@@ -932,7 +962,7 @@ def _limit_epsilon(releases: tuple[_Release, ...], delta: float) -> float:
 
 
 def _coarse_epsilon(releases: tuple[_Release, ...], delta: float) -> float:
-    """A quick look, for the searches: ten times the default grid, where there is one."""
+    """A quick look: ten times the default grid, where there is one."""
     exact = _has_closed_form(releases) or all(release.mechanism == "laplace" for release in releases)
     exact = exact or any(release.noise_multiplier == 0 for release in releases)  # no privacy, and no grid
     return _pld_epsilon(releases, delta, None if exact else 10 * _default_interval(releases))

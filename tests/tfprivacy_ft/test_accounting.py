@@ -294,6 +294,27 @@ def test_only_lines_of_the_accountant_are_dropped(caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize(
+    "events",
+    [
+        [poisson(256 / 60000, 1.1, 1175)],
+        [poisson(4096 / 60000, 2.0, 15), poisson(1.0, 40.0, 1)],
+        [poisson(0.1, 20.0, 50)],
+        [poisson(0.02, 0.6, 400), shuffled(5.0, 2)],
+        [shuffled(1.1, 60)],
+        [fixed(1.0, 10, 100, 10_000)],
+        [Event.poisson(count=20, noise_multiplier=4.0, sampling_probability=0.1, unit="user", examples_per_user=3)],
+        [Event.poisson(count=5, noise_multiplier=9.0, sampling_probability=0.1, mechanism="laplace")],
+        [poisson(0.1, 0.0, 1)],
+        [],
+    ],
+    ids=["small", "head and mean", "little", "zero out", "shuffled", "fixed", "user", "laplace", "no noise", "nothing"],
+)
+def test_a_quick_epsilon_is_a_bound_that_is_hardly_larger(events):
+    found = max((account.epsilon for account in accounting.accounts(events, 1e-5)), default=0.0)
+    assert found <= accounting.quick_epsilon(events, 1e-5) <= 1.005 * found
+
+
 def test_a_progress_bar_may_ask_often():
     event = poisson(0.011, 1.0, 1234)
     accounting.epsilon(event, 1e-5)

@@ -22,6 +22,7 @@ from tfprivacy_ft.clipping.sites import (
     dots,
     flatten,
     lengths,
+    squares,
     widened,
 )
 
@@ -184,7 +185,7 @@ class Products(Contribution):
     def squared_norms(self) -> tf.Tensor:
         if not self._by_pairs:
             return self._formed.squared_norms()
-        return _norms_by_pairs(self.inputs, self.outputs, cancel=self._steps != 1)
+        return _norms_by_pairs(self.inputs, self.outputs, one_row=self._steps == 1)
 
     def reach(self) -> tf.Tensor:
         """What no example's gradient is longer than, [B]: were all its rows of one direction."""
@@ -294,18 +295,20 @@ def matrices(inputs: tf.Tensor, outputs: tf.Tensor, steps: int | None) -> Produc
     return Products(inputs, outputs, steps, Arrangement(shape, (0, 1), shape))
 
 
-def _norms_by_pairs(inputs: tf.Tensor, outputs: tf.Tensor, cancel: bool) -> tf.Tensor:
+def _norms_by_pairs(inputs: tf.Tensor, outputs: tf.Tensor, one_row: bool) -> tf.Tensor:
     """|sum_t a_t g_t^T|^2 = sum_{s,t} (a_s . a_t) (g_s . g_t), rounded upward (Bu et al. 2022, ghost norm).
 
     Between 1e-12 and 1e12 the lengths of rows do not matter; beyond, it is an upper bound, or not finite.
     """
-    pairs_in, pairs_out = (tf.matmul(t, t, transpose_b=True) for t in (inputs, outputs))
-    rows_in, rows_out = (tf.sqrt(tf.linalg.diag_part(pairs)) for pairs in (pairs_in, pairs_out))  # [B, (S,) T]
-    alone = tf.reduce_sum(flatten(tf.square(tf.reduce_sum(rows_in * rows_out, -1))[:, None]), 1)
-    squared = tf.maximum(dots(pairs_in, pairs_out), 0.0)
-    if cancel:  # rows of an example can, where there are several
-        squared += ROUNDING[alone.dtype] * alone
+    if one_row:
+        rows_in, rows_out = lengths(inputs), lengths(outputs)  # [B, (S,) T]
+        squared = squares(rows_in * rows_out)
+    else:
+        pairs_in, pairs_out = (tf.matmul(t, t, transpose_b=True) for t in (inputs, outputs))
+        rows_in, rows_out = (tf.sqrt(tf.linalg.diag_part(pairs)) for pairs in (pairs_in, pairs_out))
+        alone = squares(tf.reduce_sum(rows_in * rows_out, -1, keepdims=True))  # did no two rows of an example cancel
+        squared = tf.maximum(dots(pairs_in, pairs_out), 0.0) + ROUNDING[alone.dtype] * alone
     # Entries whose square is no normal number may count as zero.
-    hidden = math.sqrt(float(np.finfo(alone.dtype.as_numpy_dtype).tiny) * inputs.shape[-1] * outputs.shape[-1])
+    hidden = math.sqrt(float(np.finfo(squared.dtype.as_numpy_dtype).tiny) * inputs.shape[-1] * outputs.shape[-1])
     unseen = hidden * tf.reduce_sum(flatten(rows_in + rows_out + hidden), 1)
     return tf.square(tf.sqrt(squared) + unseen)
