@@ -28,6 +28,7 @@ from tfprivacy_ft.errors import DatasetError, WeightsError
 from tfprivacy_ft.finetune import Full, Head, backbones, budget, features, recipes, stages, training
 from tfprivacy_ft.finetune.checkpoints import RunFolder
 from tfprivacy_ft.finetune.inputs import Examples
+from tfprivacy_ft.sampling import aligned
 
 EPSILON, DELTA = 3.0, 1e-5
 PLAIN, PRIVATE, FULL = "head, not private", "head, private", "all weights, private"
@@ -79,6 +80,16 @@ def resnet():
     return "ResNet at 8 x 8, digits", backbone, data.x_train, data.y_train, data.num_classes
 
 
+def random_features(rows, width):
+    """A head for features of no model, and rows of them: what an epoch costs does not depend on what is in them."""
+    rng = np.random.default_rng(0)
+    x = aligned(np.dtype(np.float32), (rows, width))
+    for i in range(rows):
+        x[i] = rng.normal(scale=width**-0.5, size=width)
+    nothing = tf.keras.Sequential([tf.keras.layers.Input((1,)), tf.keras.layers.Dense(width)])
+    return f"random features, {rows:,} x {width:,}", nothing, x, rng.integers(0, 10, rows), 10
+
+
 def private(recipe, classifier, x, y, loss, folder):
     """A stage of `finetune`, made as that makes it, on the features x for a head."""
     facts = {"num_examples": len(y), "target_epsilon": EPSILON, "delta": DELTA}
@@ -113,20 +124,18 @@ def main():
     parser.add_argument("--epochs", type=int, default=5, help="epochs in a turn")
     parser.add_argument("--full-epochs", type=int, default=1, help="of all weights; 0 leaves them out")
     parser.add_argument("--digits", action="store_true", help="the small model, in any case")
+    parser.add_argument(
+        "--random-features", type=int, nargs=2, metavar=("EXAMPLES", "FEATURES"), help="heads alone, on random features"
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    try:
-        title, backbone, x, y, num_classes = resnet() if arguments.digits else squeezenet()
-    except (DatasetError, WeightsError) as error:
-        print(f"The small model instead. {error}")
-        title, backbone, x, y, num_classes = resnet()
-    x, y = x[: arguments.examples], y[: arguments.examples]
+    title, backbone, x, y, num_classes = chosen(arguments)
     loss = "binary_crossentropy" if num_classes == 2 else "sparse_categorical_crossentropy"
     batch_size = min(len(y), arguments.batch_size)
 
     classifier = backbones.with_new_head(backbone, num_classes)
     start = time.perf_counter(), time.process_time()
-    found = features.compute(classifier.features, x)
+    found = x if arguments.random_features else features.compute(classifier.features, x)
     wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
     print(f"{title}: {len(y):,} examples, {found.shape[1]:,} features, batches of {batch_size:,}")
     print(f"features, once: {wall:.1f} s, {cpu:.1f} s of CPU")
@@ -143,7 +152,7 @@ def main():
             for contender in heads.values():
                 contender.run(arguments.epochs)
         contenders = dict(heads)
-        if arguments.full_epochs:
+        if arguments.full_epochs and not arguments.random_features:
             whole = backbones.with_new_head(backbone, num_classes)
             recipe = Full(batch_size=min(len(y), arguments.full_batch_size), epochs=1 + arguments.full_epochs)
             contenders[FULL] = private(recipe, whole, x, y, loss, full_dir)
@@ -152,6 +161,17 @@ def main():
         table(contenders)
         load = ", ".join(f"{each:.1f}" for each in os.getloadavg())
         print(f"load of the machine over 1, 5 and 15 minutes: {load}, on {os.cpu_count()} CPUs")
+
+
+def chosen(arguments):
+    if arguments.random_features:
+        return random_features(*arguments.random_features)
+    try:
+        title, backbone, x, y, num_classes = resnet() if arguments.digits else squeezenet()
+    except (DatasetError, WeightsError) as error:
+        print(f"The small model instead. {error}")
+        title, backbone, x, y, num_classes = resnet()
+    return title, backbone, x[: arguments.examples], y[: arguments.examples], num_classes
 
 
 def table(contenders):

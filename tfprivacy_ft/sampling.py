@@ -4,8 +4,11 @@ Amplification by sampling is real only if the sampling happened. `poisson_batche
 randomness from the operating system; whatever other batches a training saw are accounted for without amplification.
 """
 
+import contextlib
 import dataclasses
 import math
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -68,6 +71,8 @@ class Sampling:
 
 
 UNKNOWN = Sampling("unknown")
+
+_LARGE = 2**20  # bytes, from where on memory comes from the system each time
 
 _ALIGNMENT = 64  # bytes, of the memory in which TensorFlow keeps a tensor
 
@@ -138,6 +143,7 @@ def poisson_batches(
     if augment is not None:
         check_augmentation(augment, arrays[0])
     source = np.random.default_rng()  # keyed from the operating system; no global seed reaches it
+    memories = [_Memory() for _ in tf.nest.flatten(arrays)]
 
     usual = _usual_size(batch_size, size, accumulation_steps) if accumulation_steps > 1 and pad_to is None else 1
 
@@ -152,8 +158,9 @@ def poisson_batches(
     def take(drawn: np.ndarray) -> list[np.ndarray]:
         """One batch, flattened."""
         chosen, rows = drawn[drawn >= 0], len(drawn)
-        batch = [_take(array, chosen, rows) for array in tf.nest.flatten(arrays)]
-        batch.append(_take(weights, chosen, rows, fill=PADDING))
+        flat = tf.nest.flatten(arrays)
+        batch = [_take(array, chosen, rows, memory.array) for array, memory in zip(flat, memories, strict=True)]
+        batch.append(_take(weights, chosen, rows, aligned, fill=PADDING))
         return batch if augment is None else [*batch, row_seeds(source, rows // held * rows_per_example)]
 
     signature = tf.nest.map_structure(lambda a: tf.TensorSpec([None, *a.shape[1:]], a.dtype), (*arrays, weights))
@@ -253,11 +260,17 @@ def _usual_size(batch_size: float, size: int, parts: int) -> int:
     return math.ceil(min(batch_size + 4 * deviation, size) / parts)
 
 
-def _take(array: np.ndarray, chosen: np.ndarray, rows: int, fill: float | None = None) -> np.ndarray:
-    """The chosen rows, then rows of `fill`, or of zeros (empty strings)."""
+def _take(
+    array: np.ndarray,
+    chosen: np.ndarray,
+    rows: int,
+    empty: Callable[[np.dtype, tuple[int, ...]], np.ndarray],
+    fill: float | None = None,
+) -> np.ndarray:
+    """The chosen rows, then rows of `fill`, or of zeros (empty strings), in an array that `empty` makes."""
     if len(chosen) == len(array) == rows:
         return array  # all of them, in their order
-    batch = aligned(array.dtype, (rows, *array.shape[1:]))
+    batch = empty(array.dtype, (rows, *array.shape[1:]))
     # Every index is of a row, and with the mode "raise" NumPy would gather into a buffer of its own first.
     np.take(array, chosen, axis=0, out=batch[: len(chosen)], mode="clip")
     nothing = b"" if array.dtype.hasobject else np.zeros([], array.dtype)  # objects are texts to TensorFlow
@@ -273,3 +286,31 @@ def aligned(dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)
+
+
+class _Memory:
+    """Memory for one batch after another, used again once nobody holds an array in it.
+
+    The system takes about as long to hand out a large piece of fresh memory as it takes to fill it.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+
+    def array(self, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+        """An array without values, as `aligned` makes it."""
+        size = math.prod(shape) * dtype.itemsize
+        if dtype.hasobject or size < _LARGE:
+            return aligned(dtype, shape)
+        block = self._block(size)
+        # Whatever is a view of `whole` keeps it alive, since its own memory belongs to no array.
+        whole = np.frombuffer(block.data, np.uint8)
+        weakref.finalize(whole, self._free.append, block).atexit = False
+        return whole[:size].view(dtype).reshape(shape)
+
+    def _block(self, size: int) -> np.ndarray:
+        with contextlib.suppress(IndexError):  # none is left, perhaps since another thread took it
+            while len(block := self._free.pop()) < size:
+                pass  # what has become too small is given back
+            return block
+        return aligned(np.dtype(np.uint8), (size + size // 8,))

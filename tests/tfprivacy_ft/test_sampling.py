@@ -90,6 +90,19 @@ def test_tensorflow_reads_a_batch_where_it_was_drawn(monkeypatch):
     assert (x.numpy() == 7.0).all()
 
 
+def test_memory_of_a_batch_is_used_again_only_once_nobody_holds_it():
+    x = np.arange(4000, dtype=np.float32)[:, None] * np.ones([1, 500], np.float32)
+    batches = poisson_batches(x, np.arange(4000), batch_size=1000, steps=30)
+    places, held = [], []
+    for step, (rows, labels, _) in enumerate(batches):
+        places.append(rows.numpy().ctypes.data)
+        if step % 6 == 0:  # a tensor, or a part of an array
+            held.append((rows if step % 12 else rows.numpy()[3:, 7], labels.numpy()[0 if step % 12 else 3 :]))
+    assert len(held) == 5 and len(set(places)) < 20
+    for rows, labels in held:
+        np.testing.assert_array_equal(np.reshape(rows, [len(labels), -1])[:, 0], labels)
+
+
 def test_an_empty_draw_is_one_row_of_weight_zero():
     batches = drawn(poisson_batches(np.ones([10, 3]), np.ones(10), batch_size=1e-9, steps=4))
     assert len(batches) == 4

@@ -316,7 +316,7 @@ def convolutional():
         keras.layers.Input((8, 8, 1)),
         keras.layers.Conv2D(8, 3, strides=2, use_bias=False, name="filters"),
         keras.layers.BatchNormalization(name="mixing"),
-        keras.layers.Activation("tanh"),
+        keras.layers.Activation("sigmoid"),  # not tanh, which TensorFlow 2.14 fails to compute here on some CPUs
         keras.layers.Flatten(),
     ]
     model = keras.Sequential(body, name="small_network")
