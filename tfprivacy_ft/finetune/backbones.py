@@ -6,13 +6,13 @@ nothing of privacy.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from tfprivacy_ft import _check
 from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedModelError
-from tfprivacy_ft.keras_compat import copy_of_layer, is_saved_model, keras, layers_inside
+from tfprivacy_ft.keras_compat import IS_KERAS_3, copy_of_layer, is_saved_model, keras, layers_inside
 
 _ENDS = {"softmax", "sigmoid"}
 
@@ -72,7 +72,9 @@ def copy_of(model: Any) -> Any:
         # Left to itself, Keras copies models inside the model, too, but no SavedModel.
         options = {"clone_function": copy_of_layer} if any(map(is_saved_model, model.layers)) else {}
         copy = keras.models.clone_model(model, **options)
+        _enable_adapters(model, copy)
         copy.set_weights(model.get_weights())
+        set_trainable_flags(copy, trainable_flags(model))
     except Exception as error:  # a layer's own constructor can raise anything
         raise UnsupportedModelError(
             f"the model {model.name!r} cannot be copied ({error}): give each layer of your own a get_config with which Keras "
@@ -211,15 +213,37 @@ def _ends_in_probabilities(model: Any) -> bool:
     return getattr(activation, "__name__", type(last).__name__).lower() in _ENDS
 
 
-def trainable_flags(model: Any) -> list[bool]:
-    """Which layers are trainable, in the order of `layers_inside`."""
-    return [layer.trainable for layer in layers_inside(model)]
+class TrainableFlags(NamedTuple):
+    """What of a model is trainable.
+
+    Args:
+      layers: in the order of `layers_inside`.
+      variables: in the order of the model's; on Keras 3 a kernel with an adapter is frozen, and its layer is not.
+    """
+
+    layers: list[bool]
+    variables: list[bool]
 
 
-def set_trainable_flags(model: Any, flags: Sequence[bool]) -> None:
-    """Makes layers trainable or not, as `trainable_flags` said of a model of the same architecture."""
-    for layer, flag in zip(layers_inside(model), flags, strict=True):
+def trainable_flags(model: Any) -> TrainableFlags:
+    """Which layers and which variables are trainable."""
+    variables = [variable.trainable for variable in model.weights] if IS_KERAS_3 else []
+    return TrainableFlags([layer.trainable for layer in layers_inside(model)], variables)
+
+
+def set_trainable_flags(model: Any, flags: TrainableFlags) -> None:
+    """Makes layers and variables trainable or not, as `trainable_flags` said of a model of the same architecture."""
+    for layer, flag in zip(layers_inside(model), flags.layers, strict=True):
         layer.trainable = flag  # an outer layer comes before those in it, whose flags it sets, too
+    for variable, flag in zip(model.weights if IS_KERAS_3 else [], flags.variables, strict=True):
+        variable.trainable = flag
+
+
+def _enable_adapters(model: Any, copy: Any) -> None:
+    """Gives the layers of a copy the adapters of Keras 3 that are inside other layers, which no config mentions."""
+    for layer, twin in zip(layers_inside(model), layers_inside(copy), strict=True):
+        if getattr(layer, "lora_enabled", False) and not twin.lora_enabled:
+            twin.enable_lora(layer.lora_rank, lora_alpha=layer.lora_alpha)
 
 
 def _unused(model: Any, name: str) -> str:
