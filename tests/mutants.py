@@ -192,8 +192,8 @@ MUTANTS = (
     Mutant(
         "norms by pairs not rounded upward",
         "clipping/products.py",
-        "squared += ROUNDING[alone.dtype] * alone",
-        "pass",
+        " + ROUNDING[alone.dtype] * alone",
+        "",
         PRODUCTS,
         "norms_by_pairs",
     ),
@@ -501,6 +501,14 @@ MUTANTS = (
         "None",
         UNITS,
         "part",
+    ),
+    Mutant(
+        "memory used again while somebody holds it",
+        "sampling.py",
+        "weakref.finalize(whole, self._free.append, block).atexit = False",
+        "self._free.append(block)",
+        "tests/tfprivacy_ft/test_sampling.py",
+        "memory or somebody",
     ),
     Mutant("rows drawn apart", "sampling.py", "chosen * held", "chosen", UNITS, "sampler"),
     Mutant(

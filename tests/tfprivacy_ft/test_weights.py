@@ -151,7 +151,7 @@ def test_a_savedmodel_folder_comes_back(small, tmp_path):
     small.export(folder)
     if IS_KERAS_3:
         model = weights.load_backbone(folder)
-        np.testing.assert_allclose(model(rows(3)), small(rows(3)), rtol=1e-6)
+        np.testing.assert_allclose(model(rows(3)), small(rows(3)), rtol=1e-5, atol=1e-6)  # fused otherwise
         assert model.trainable_weights == []
     else:
         with pytest.raises(WeightsError, match=r"cannot be loaded|holds no Keras model"):
