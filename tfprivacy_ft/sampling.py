@@ -167,20 +167,36 @@ def poisson_batches(
     if augment is not None:
         signature = (*signature, tf.TensorSpec([None, 2], tf.int64))
 
+    called = _weakly(draw), _weakly(take)
+
     def batch_of(drawn: tf.Tensor) -> Any:
         specs = tf.nest.flatten(signature)
-        parts = tf.numpy_function(take, [drawn], [spec.dtype for spec in specs])
+        parts = tf.numpy_function(called[1], [drawn], [spec.dtype for spec in specs])
         known = [tf.ensure_shape(part, spec.shape) for part, spec in zip(parts, specs, strict=True)]
         return tf.nest.pack_sequence_as(signature, known)
 
     # Not `from_generator`, which takes some 30 ms to begin a pass.
     draws = tf.data.Dataset.range(steps).map(
-        lambda step: tf.ensure_shape(tf.numpy_function(draw, [step], tf.int64), [accumulation_steps, None])
+        lambda step: tf.ensure_shape(tf.numpy_function(called[0], [step], tf.int64), [accumulation_steps, None])
     )
     dataset = draws.unbatch().map(batch_of)
     if augment is not None:
         dataset = dataset.map(fresh_rows(augment, rows_per_example))
-    return dataset.apply(tf.data.experimental.assert_cardinality(steps * accumulation_steps)).prefetch(2)
+    dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps * accumulation_steps)).prefetch(2)
+    dataset.drawn_by = draw, take  # and so are the arrays, for as long as something reads from the data set
+    return dataset
+
+
+def _weakly(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The function, for TensorFlow, which keeps what its graphs call until the program ends; something else keeps it alive."""
+    reference = weakref.ref(function)
+
+    def call(argument: Any) -> Any:
+        found = reference()
+        assert found is not None, "an iterator that outlives its data set"
+        return found(argument)
+
+    return call
 
 
 def repeats_before_batching(dataset: tf.data.Dataset) -> bool:

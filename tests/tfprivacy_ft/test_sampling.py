@@ -1,5 +1,8 @@
 """The sampler's law, and what its edge cases do to a training step. False alarms: at most 1e-6 for each test."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -112,6 +115,28 @@ def test_batches_that_somebody_holds_stay_as_they_were_drawn():
             held.append((rows if step % 12 else rows.numpy()[3:, 7], labels.numpy()[0 if step % 12 else 3 :]))
     for rows, labels in held:
         np.testing.assert_array_equal(np.reshape(rows, [len(labels), -1])[:, 0], labels)
+
+
+def unchanged(row, seed):
+    return row
+
+
+def inputs_alone(x, y, sample_weight):
+    return x
+
+
+@pytest.mark.parametrize("augment", [None, unchanged])
+@pytest.mark.parametrize("read", [iter, lambda batches: iter(batches.map(inputs_alone)), lambda b: b.take(2)])
+def test_arrays_live_as_long_as_what_reads_them_and_no_longer(read, augment):
+    x = np.ones([100, 3], np.float32)
+    seen = weakref.ref(x)
+    reader = read(poisson_batches(x, np.ones(100), batch_size=50, augment=augment))
+    del x
+    gc.collect()
+    assert len(list(reader)) == 2
+    del reader
+    gc.collect()
+    assert seen() is None
 
 
 def test_an_empty_draw_is_one_row_of_weight_zero():
