@@ -244,9 +244,8 @@ def quick_epsilon(events: Event | Iterable[Event], delta: float) -> float:
     def of(releases: tuple[_Release, ...]) -> float:
         if not _has_pld(releases):
             return _rdp_epsilon(releases, delta)
-        return (_fine_epsilon if _needs_lemma(releases) else _coarse_epsilon)(
-            releases, delta
-        )  # mixtures' grid is coarse
+        measure = _fine_epsilon if _needs_lemma(releases) else _coarse_epsilon  # the grid of mixtures is coarse already
+        return measure(releases, delta)
 
     return max((of(_releases(group)) for group in _groups(events).values()), default=0.0)
 

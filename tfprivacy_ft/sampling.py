@@ -143,7 +143,7 @@ def poisson_batches(
     if augment is not None:
         check_augmentation(augment, arrays[0])
     source = np.random.default_rng()  # keyed from the operating system; no global seed reaches it
-    memories = [_Memory() for _ in tf.nest.flatten(arrays)]
+    flat = [(array, _Memory().array) for array in tf.nest.flatten(arrays)]
 
     usual = _usual_size(batch_size, size, accumulation_steps) if accumulation_steps > 1 and pad_to is None else 1
 
@@ -158,26 +158,23 @@ def poisson_batches(
     def take(drawn: np.ndarray) -> list[np.ndarray]:
         """One batch, flattened."""
         chosen, rows = drawn[drawn >= 0], len(drawn)
-        flat = tf.nest.flatten(arrays)
-        batch = [_take(array, chosen, rows, memory.array) for array, memory in zip(flat, memories, strict=True)]
+        batch = [_take(array, chosen, rows, empty) for array, empty in flat]
         batch.append(_take(weights, chosen, rows, aligned, fill=PADDING))
         return batch if augment is None else [*batch, row_seeds(source, rows // held * rows_per_example)]
 
     signature = tf.nest.map_structure(lambda a: tf.TensorSpec([None, *a.shape[1:]], a.dtype), (*arrays, weights))
     if augment is not None:
         signature = (*signature, tf.TensorSpec([None, 2], tf.int64))
-
-    called = _weakly(draw), _weakly(take)
+    specs, drawing, taking = tf.nest.flatten(signature), _weakly(draw), _weakly(take)
 
     def batch_of(drawn: tf.Tensor) -> Any:
-        specs = tf.nest.flatten(signature)
-        parts = tf.numpy_function(called[1], [drawn], [spec.dtype for spec in specs])
+        parts = tf.numpy_function(taking, [drawn], [spec.dtype for spec in specs])
         known = [tf.ensure_shape(part, spec.shape) for part, spec in zip(parts, specs, strict=True)]
         return tf.nest.pack_sequence_as(signature, known)
 
     # Not `from_generator`, which takes some 30 ms to begin a pass.
     draws = tf.data.Dataset.range(steps).map(
-        lambda step: tf.ensure_shape(tf.numpy_function(called[0], [step], tf.int64), [accumulation_steps, None])
+        lambda step: tf.ensure_shape(tf.numpy_function(drawing, [step], tf.int64), [accumulation_steps, None])
     )
     dataset = draws.unbatch().map(batch_of)
     if augment is not None:
