@@ -1,5 +1,6 @@
 import asyncio
 import csv
+import itertools
 
 import dp_accounting
 import numpy as np
@@ -268,7 +269,8 @@ def test_the_history_tells_where_a_moving_clip_is(make_process, clients):
     process = make_process(noise_multiplier=1.0, clipping=Adaptive())
     result = simulate(process, clients, rounds=3, evaluate_every=1)
     clips = [look["clip"] for look in result.history]
-    assert clips[-1] == pytest.approx(float(result.state.clip)) and len(set(clips)) == 3
+    assert clips[-1] == pytest.approx(float(result.state.clip))
+    assert all(before != after for before, after in itertools.pairwise(clips))  # it may come back to where it was
 
 
 def test_multiplicative_noise_alone_is_an_infinite_epsilon_with_the_reason(make_process, clients):
