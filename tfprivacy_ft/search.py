@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from tfprivacy_ft import _check, accounting
+from tfprivacy_ft import _check, accounting, bounds
 from tfprivacy_ft.errors import InvalidArgumentError
 from tfprivacy_ft.events import Event
 
@@ -91,7 +91,7 @@ class BestOf:
             return 0.0
         if not np.isfinite(divergences).any():
             return math.inf
-        with accounting.quiet_accountant() as dp_accounting:
+        with bounds.quiet_accountant() as dp_accounting:
             if self.distribution == "poisson":
                 choice = self._cost_if_poisson(orders, divergences)
             else:

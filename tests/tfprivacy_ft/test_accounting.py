@@ -12,9 +12,10 @@ from dp_accounting import pld
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tfprivacy_ft import accounting, pure
+from tfprivacy_ft import accounting, bounds, gaussian, pure
 from tfprivacy_ft.errors import BudgetExceededError, InvalidArgumentError, UnsupportedEventError
 from tfprivacy_ft.events import Event, merge
+from tfprivacy_ft.releases import Release, from_events
 
 
 def poisson(q, noise, steps, unit="example"):
@@ -92,7 +93,7 @@ def test_closed_form_against_high_precision(mu, delta):
     assert true_delta(spent) <= delta * (1 + 1e-8)
     if spent > 0:
         assert true_delta(spent * (1 - 1e-6)) > delta
-        assert accounting._gaussian_delta(mu, spent) <= delta  # in its own arithmetic, not even by rounding
+        assert gaussian.delta_at(mu, spent) <= delta  # in its own arithmetic, not even by rounding
 
 
 def test_the_kept_one_release_distribution_gives_what_the_accountant_of_dp_accounting_gives():
@@ -270,9 +271,9 @@ def test_an_order_below_zero_is_not_used(monkeypatch):
         def rdp(self):
             return super().rdp if self.orders[0] == 8 else super().rdp - 1e6
 
-    release = accounting._releases([poisson(0.123, 1.0, 1)])[0]
+    release = from_events([poisson(0.123, 1.0, 1)])[0]
     monkeypatch.setattr(dp_accounting.rdp, "RdpAccountant", Rounded)
-    orders, divergences = accounting._rdp_of_one.__wrapped__(release)
+    orders, divergences = bounds.rdp_of_one.__wrapped__(release)
     assert [order for order, divergence in zip(orders, divergences, strict=True) if divergence < math.inf] == [8]
 
 
@@ -282,13 +283,13 @@ def test_the_accountant_is_quiet_and_leaves_logging_as_it_was(caplog):
     accounting.accounts([poisson(0.9999, 0.05, 77)], 1e-5)
     assert not caplog.records
     assert (logger.level, list(logger.filters), logger.disabled) == before
-    with accounting.quiet_accountant():
+    with bounds.quiet_accountant():
         logger.error("somebody else's line")
     assert "somebody else's line" in caplog.text
 
 
 def test_only_lines_of_the_accountant_are_dropped(caplog):
-    with accounting.quiet_accountant():
+    with bounds.quiet_accountant():
         record = logging.LogRecord("absl", logging.WARNING, "/x/dp_accounting/rdp/a.py", 1, "noise", None, None)
         logging.getLogger("absl").handle(record)
     assert not caplog.records
@@ -318,7 +319,7 @@ def test_a_quick_epsilon_is_a_bound_that_is_hardly_larger(events):
 def test_a_progress_bar_may_ask_often():
     event = poisson(0.011, 1.0, 1234)
     accounting.epsilon(event, 1e-5)
-    costly = (accounting._rdp_of_one, accounting._loss_of_one, accounting._rdp_epsilon, accounting._pld_epsilon)
+    costly = (bounds.rdp_of_one, bounds._loss_of_one, bounds.rdp_epsilon, bounds.pld_epsilon)
     computed = [function.cache_info().misses for function in costly]
     for _ in range(100):
         accounting.epsilon([event, poisson(0.5, 1.0, 0)], 1e-5)
@@ -369,8 +370,8 @@ def test_solved_noise_keeps_the_promise_and_wastes_nothing(q, steps, target):
     ],
 )
 def test_noise_is_solved_for_in_a_few_looks_at_the_fine_grid(events, target, delta, monkeypatch):
-    looks, measure = [], accounting._pld_epsilon
-    monkeypatch.setattr(accounting, "_pld_epsilon", lambda *given: looks.append(given) or measure(*given))
+    looks, measure = [], bounds.pld_epsilon
+    monkeypatch.setattr(bounds, "pld_epsilon", lambda *given: looks.append(given) or measure(*given))
     accounting.solve_noise_multiplier(target_epsilon=target, delta=delta, events_for=events)
     fine = [interval for _, _, interval in looks if interval is None]
     assert len(fine) <= 3 and len(looks) <= 12
@@ -380,11 +381,11 @@ def test_noise_is_solved_for_in_a_few_looks_at_the_fine_grid(events, target, del
     ("q", "noise", "steps"), [(0.07, 2.5, 600), (1e-3, 0.7, 10**5), (0.3, 1.1, 500), (0.5, 0.4, 9)]
 )
 def test_a_few_orders_choose_the_grid_that_all_do(q, noise, steps, monkeypatch):
-    releases = accounting._releases([poisson(q, noise, steps)])
-    quick = accounting._default_interval(releases)
-    monkeypatch.setattr(accounting, "_FEW_ORDERS", (1.1,))  # too few to show anything, so all are looked at
-    assert accounting._rdp_epsilon(releases, accounting._TAIL, (1.1,)) > 50
-    assert accounting._default_interval(releases) == quick
+    releases = from_events([poisson(q, noise, steps)])
+    quick = bounds._default_interval(releases)
+    monkeypatch.setattr(bounds, "_FEW_ORDERS", (1.1,))  # too few to show anything, so all are looked at
+    assert bounds.rdp_epsilon(releases, bounds._TAIL, (1.1,)) > 50
+    assert bounds._default_interval(releases) == quick
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -536,13 +537,13 @@ def test_the_group_lemma_holds_and_is_above_what_is_exact(size, noise):
         assert all(release.group == 1 for release in releases)
         return accounting.gaussian_epsilon(noise_multiplier=noise, delta=smaller)
 
-    releases = (accounting._Release("everyone", noise, 1, group=size),)
-    found = accounting._by_group_lemma(of_one, releases, delta)
+    releases = (Release("everyone", noise, 1, group=size),)
+    found = bounds.by_group_lemma(of_one, releases, delta)
     exact = accounting.gaussian_epsilon(noise_multiplier=noise / size, delta=delta)
     assert exact < found < 3 * exact
     # The epsilon for one that was used goes with a delta that the group makes no more than `delta` of.
     alone = found / size
-    used = accounting._gaussian_delta(1 / noise, alone)
+    used = gaussian.delta_at(1 / noise, alone)
     assert used * math.expm1(found) / math.expm1(alone) <= delta * (1 + 1e-9)
 
 

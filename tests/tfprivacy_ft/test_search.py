@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from tfprivacy_ft import accounting
+from tfprivacy_ft import accounting, bounds
 from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedEventError
 from tfprivacy_ft.events import Event
 from tfprivacy_ft.search import BestOf
@@ -43,14 +43,14 @@ def test_the_bound_holds_for_every_outcome_of_a_mechanism(distribution, mean, mo
             best = [np.append(b, math.exp(-mean)) for b in best]  # no run at all shows something that is public
         given = []
         monkeypatch.setattr(accounting, "renyi_divergences", lambda events, d=of_one: (orders, d))
-        with accounting.quiet_accountant() as dp_accounting:
+        with bounds.quiet_accountant() as dp_accounting:
             monkeypatch.setattr(
                 dp_accounting.rdp, "compute_epsilon", lambda o, total, delta, g=given: (g.append((o, total)), 0)[1:]
             )
             search.epsilon(RUN, DELTA)
             monkeypatch.undo()
-        ((usable, bounds),) = given
-        for order, bound in zip(usable, bounds, strict=True):
+        ((usable, found),) = given
+        for order, bound in zip(usable, found, strict=True):
             exact = max(divergence(*best, order), divergence(*best[::-1], order))
             assert exact <= bound + 1e-9
 
