@@ -91,16 +91,17 @@ def _bracket_noise(excess: Callable[[float], float], start: _Start) -> _Bracket 
     miss = excess(noise)
     upwards = miss > 0
     while True:
-        step = max(stride, min(abs(miss) / steepness, reach) + stride / 2)
-        following = noise * math.exp(step if upwards else -step)
-        if not LEAST_NOISE <= following <= MOST_NOISE:
+        end = MOST_NOISE if upwards else LEAST_NOISE
+        if noise == end:
             return None
+        step, to_end = max(stride, min(abs(miss) / steepness, reach) + stride / 2), abs(math.log(end / noise))
+        following = noise * math.exp(step if upwards else -step) if step < to_end else end
         following_miss = excess(following)
         if upwards and following_miss <= 0:
             return _Bracket(noise, miss, following, following_miss)
         if not upwards and following_miss > 0:
             return _Bracket(following, following_miss, noise, miss)
-        steepness = max(abs(following_miss - miss) / step, 0.5)
+        steepness = max(abs(following_miss - miss) / min(step, to_end), 0.5)
         noise, miss, stride, reach = following, following_miss, 2 * stride, 2 * reach
 
 

@@ -398,6 +398,13 @@ def test_solved_noise_is_never_less_private_than_asked(passes, target, delta):
     assert accounting.epsilon(shuffled(solved * 0.999, passes), delta) > target
 
 
+@pytest.mark.parametrize("target", [1e-5, 3e-6, 1e-6])
+def test_noise_is_found_up_to_the_end_of_the_range(target):
+    solved = accounting.solve_noise_multiplier(target_epsilon=target, delta=1e-9, events_for=lambda z: shuffled(z, 1))
+    assert accounting.gaussian_epsilon(noise_multiplier=solved, delta=1e-9) <= target
+    assert accounting.gaussian_epsilon(noise_multiplier=solved * 0.999, delta=1e-9) > target
+
+
 def test_solving_counts_what_was_spent_before():
     before = shuffled(3.0, 2)
     solved = accounting.solve_noise_multiplier(

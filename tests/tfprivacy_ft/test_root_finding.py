@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tfprivacy_ft import root_finding
 
-targets = st.floats(math.log(0.1), math.log(1e4)).map(math.exp)
+targets = st.floats(math.log(1.01 * root_finding.LEAST_NOISE), math.log(root_finding.MOST_NOISE / 1.01)).map(math.exp)
 powers = st.floats(1.0, 3.0)  # epsilon falls at least as fast as noise grows
 
 
