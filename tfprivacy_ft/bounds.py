@@ -199,6 +199,7 @@ def by_group_lemma(
 
 _MOST_CELLS = 500_000  # of a grid of losses; one evaluation then takes about a second at most
 _MOST_PURE_EPSILON = 500.0  # the exponential of larger ones is beyond floating point
+_WIDEST_CELL = 700.0  # likewise
 _FEW_ORDERS = (3, 4, 5, 6, 8, 10, 12, 16, 24, 32)  # of dp_accounting's own, all quick to compute
 _TAIL = 1e-22  # the mass that PLD's own truncation leaves out, about e^-50
 
@@ -286,7 +287,10 @@ def coarse_epsilon(releases: tuple[Release, ...], delta: float) -> float:
     """A quick look: ten times the default grid, where there is one."""
     exact = has_closed_form(releases) or all(release.mechanism == "laplace" for release in releases)
     exact = exact or any(release.noise_multiplier == 0 for release in releases)  # no privacy, and no grid
-    return pld_epsilon(releases, delta, None if exact else 10 * _default_interval(releases))
+    if exact:
+        return fine_epsilon(releases, delta)
+    interval = _default_interval(releases)
+    return pld_epsilon(releases, delta, max(interval, min(10 * interval, _WIDEST_CELL)))
 
 
 def fine_epsilon(releases: tuple[Release, ...], delta: float) -> float:
@@ -328,6 +332,9 @@ def pld_epsilon(releases: tuple[Release, ...], delta: float, interval: float | N
         return bound
     if needs_lemma(releases) and not has_mixtures():
         return min(bound, by_group_lemma(functools.partial(pld_epsilon, interval=interval), releases, delta))
+    interval = interval or _default_interval(releases)
+    if interval > _WIDEST_CELL:
+        return bound
     with quiet_accountant():
-        total = _loss_of_all(releases, interval or _default_interval(releases))
+        total = _loss_of_all(releases, interval)
         return min(bound, float(total.get_epsilon_for_delta(delta)))
