@@ -24,11 +24,11 @@ import numpy as np
 import tensorflow as tf
 
 from tfprivacy_ft import datasets, models
+from tfprivacy_ft.arrays import aligned
 from tfprivacy_ft.errors import DatasetError, WeightsError
 from tfprivacy_ft.finetune import Full, Head, backbones, budget, features, recipes, stages, training
 from tfprivacy_ft.finetune.checkpoints import RunFolder
 from tfprivacy_ft.finetune.inputs import Examples
-from tfprivacy_ft.sampling import aligned
 
 EPSILON, DELTA = 3.0, 1e-5
 PLAIN, PRIVATE, FULL = "head, not private", "head, private", "all weights, private"

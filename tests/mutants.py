@@ -504,11 +504,11 @@ MUTANTS = (
     ),
     Mutant(
         "memory used again while somebody holds it",
-        "sampling.py",
+        "arrays.py",
         "weakref.finalize(whole, self._free.append, block).atexit = False",
         "self._free.append(block)",
-        "tests/tfprivacy_ft/test_sampling.py",
-        "memory or somebody",
+        "tests/tfprivacy_ft/test_arrays.py",
+        "memory",
     ),
     Mutant("rows drawn apart", "sampling.py", "chosen * held", "chosen", UNITS, "sampler"),
     Mutant(

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfprivacy_ft import _check
+from tfprivacy_ft.arrays import nested_arrays, number_of_examples
 from tfprivacy_ft.errors import InvalidArgumentError
 
 __all__ = ["Augmentation", "Chain", "RandomFlip", "RandomShift", "augmented_rows"]
@@ -154,8 +155,6 @@ def augmented_rows(
       >>> rows.shape, labels.tolist()
       ((10, 8, 8, 1), [0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
     """
-    from tfprivacy_ft.sampling import nested_arrays, number_of_examples
-
     size = number_of_examples(x, y)
     _check.positive_integer(augmentations=augmentations)
     if seed is not None:

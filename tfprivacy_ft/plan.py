@@ -13,19 +13,14 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from tfprivacy_ft import _check, accounting
+from tfprivacy_ft.arrays import number_of_examples
 from tfprivacy_ft.augmentation import Augmentation
 from tfprivacy_ft.compute_epsilon import Report, compute_epsilon
 from tfprivacy_ft.errors import DatasetError, InvalidArgumentError
 from tfprivacy_ft.events import Event
 from tfprivacy_ft.ledger import GRADIENT_NORMS, TEST_SEED, Ledger
 from tfprivacy_ft.recorder import Recorder
-from tfprivacy_ft.sampling import (
-    UNKNOWN,
-    Sampling,
-    number_of_examples,
-    poisson_batches,
-    repeats_before_batching,
-)
+from tfprivacy_ft.sampling import UNKNOWN, Sampling, poisson_batches, repeats_before_batching
 
 
 @dataclasses.dataclass(eq=False)

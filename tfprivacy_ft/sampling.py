@@ -4,7 +4,6 @@ Amplification by sampling is real only if the sampling happened. `poisson_batche
 randomness from the operating system; whatever other batches a training saw are accounted for without amplification.
 """
 
-import contextlib
 import dataclasses
 import math
 import weakref
@@ -15,8 +14,8 @@ import numpy as np
 import tensorflow as tf
 
 from tfprivacy_ft import _check
+from tfprivacy_ft.arrays import Memory, aligned, nested_arrays, number_of_examples, take_rows
 from tfprivacy_ft.augmentation import Augmentation, check_augmentation, fresh_rows, row_seeds
-from tfprivacy_ft.errors import DatasetError
 from tfprivacy_ft.events import Event
 from tfprivacy_ft.keras_compat import sources_of
 
@@ -71,10 +70,6 @@ class Sampling:
 
 
 UNKNOWN = Sampling("unknown")
-
-_LARGE = 2**20  # bytes, from where on memory comes from the system each time
-
-_ALIGNMENT = 64  # bytes, of the memory in which TensorFlow keeps a tensor
 
 PADDING = -0.0  # the weight of rows that only fill a batch: zero to Keras, and known to the clipping engine by its sign
 
@@ -143,7 +138,7 @@ def poisson_batches(
     if augment is not None:
         check_augmentation(augment, arrays[0])
     source = np.random.default_rng()  # keyed from the operating system; no global seed reaches it
-    flat = [(array, _Memory().array) for array in tf.nest.flatten(arrays)]
+    flat = [(array, Memory().array) for array in tf.nest.flatten(arrays)]
 
     usual = _usual_size(batch_size, size, accumulation_steps) if accumulation_steps > 1 and pad_to is None else 1
 
@@ -158,8 +153,8 @@ def poisson_batches(
     def take(drawn: np.ndarray) -> list[np.ndarray]:
         """One batch, flattened."""
         chosen, rows = drawn[drawn >= 0], len(drawn)
-        batch = [_take(array, chosen, rows, empty) for array, empty in flat]
-        batch.append(_take(weights, chosen, rows, aligned, fill=PADDING))
+        batch = [take_rows(array, chosen, rows, empty) for array, empty in flat]
+        batch.append(take_rows(weights, chosen, rows, aligned, fill=PADDING))
         return batch if augment is None else [*batch, row_seeds(source, rows // held * rows_per_example)]
 
     signature = tf.nest.map_structure(lambda a: tf.TensorSpec([None, *a.shape[1:]], a.dtype), (*arrays, weights))
@@ -217,50 +212,6 @@ def repeats_before_batching(dataset: tf.data.Dataset) -> bool:
     return False
 
 
-def number_of_examples(x: Any, y: Any, sample_weight: Any = None, *, rows_per_example: int = 1) -> int:
-    """The examples in arrays x, y and sample_weight of one length: that length divided by `rows_per_example`.
-
-    Raises:
-      DatasetError: there are no examples, a part of one, or the lengths differ.
-
-    Example:
-      >>> number_of_examples([[1], [2]], [0, 1])
-      2
-    """
-    if x is None or y is None:
-        raise DatasetError("x or y is None: give arrays for both (an autoencoder's labels are its inputs).")
-    weights = () if sample_weight is None else np.asarray(sample_weight)
-    parts = tf.nest.map_structure(_length, (nested_arrays(x), nested_arrays(y), weights))
-    lengths = set(tf.nest.flatten(parts))
-    if len(lengths) != 1:
-        raise DatasetError(f"x, y and sample_weight hold {sorted(lengths)} examples: give the same number in each.")
-    size = lengths.pop()
-    if size == 0:
-        raise DatasetError("x and y hold no examples: give at least one.")
-    if size % rows_per_example:
-        raise DatasetError(
-            f"x and y hold {size} rows, which is no multiple of rows_per_example={rows_per_example}: fill every example up, "
-            "with rows of weight 0 if need be."
-        )
-    return size // rows_per_example
-
-
-def nested_arrays(part: Any) -> Any:
-    """Data as arrays in tuples and dictionaries: lists of arrays become tuples, a plain list of numbers one array."""
-    if isinstance(part, dict):
-        return {name: nested_arrays(value) for name, value in part.items()}
-    if isinstance(part, tuple) or (isinstance(part, list) and part and all(hasattr(p, "shape") for p in part)):
-        return tuple(nested_arrays(p) for p in part)
-    return np.asarray(part)
-
-
-def _length(part: Any) -> int:
-    shape = np.shape(part)
-    if not shape:
-        raise DatasetError(f"{part!r} is one value: give arrays whose first axis is the examples.")
-    return int(shape[0])
-
-
 def _padded_size(drawn: int, pad_to: int | None) -> int:
     """Rows of a batch: at least one, and a multiple of `pad_to`."""
     unit = pad_to or 1
@@ -271,59 +222,3 @@ def _usual_size(batch_size: float, size: int, parts: int) -> int:
     """Rows of a micro-batch that hold all but one in about 30 000 draws."""
     deviation = math.sqrt(batch_size * (1 - batch_size / size))
     return math.ceil(min(batch_size + 4 * deviation, size) / parts)
-
-
-def _take(
-    array: np.ndarray,
-    chosen: np.ndarray,
-    rows: int,
-    empty: Callable[[np.dtype, tuple[int, ...]], np.ndarray],
-    fill: float | None = None,
-) -> np.ndarray:
-    """The chosen rows, then rows of `fill`, or of zeros (empty strings), in an array that `empty` makes."""
-    if len(chosen) == len(array) == rows:
-        return array  # all of them, in their order
-    batch = empty(array.dtype, (rows, *array.shape[1:]))
-    # Every index is of a row, and with the mode "raise" NumPy would gather into a buffer of its own first.
-    np.take(array, chosen, axis=0, out=batch[: len(chosen)], mode="clip")
-    nothing = b"" if array.dtype.hasobject else np.zeros([], array.dtype)  # objects are texts to TensorFlow
-    batch[len(chosen) :] = nothing if fill is None else fill
-    return batch
-
-
-def aligned(dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """An array without values, which TensorFlow takes as it is if it holds numbers: one that begins elsewhere is copied."""
-    if dtype.hasobject:
-        return np.empty(shape, dtype)
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
-
-
-class _Memory:
-    """Memory for one batch after another, used again once nobody holds an array in it.
-
-    The system takes about as long to hand out a large piece of fresh memory as it takes to fill it.
-    """
-
-    def __init__(self) -> None:
-        self._free: list[np.ndarray] = []
-
-    def array(self, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-        """An array without values, as `aligned` makes it."""
-        size = math.prod(shape) * dtype.itemsize
-        if dtype.hasobject or size < _LARGE:
-            return aligned(dtype, shape)
-        block = self._block(size)
-        # Whatever is a view of `whole` keeps it alive, since its own memory belongs to no array.
-        whole = np.frombuffer(block.data, np.uint8)
-        weakref.finalize(whole, self._free.append, block).atexit = False
-        return whole[:size].view(dtype).reshape(shape)
-
-    def _block(self, size: int) -> np.ndarray:
-        with contextlib.suppress(IndexError):  # none is left, perhaps since another thread took it
-            while len(block := self._free.pop()) < size:
-                pass  # what has become too small is given back
-            return block
-        return aligned(np.dtype(np.uint8), (size + size // 8,))

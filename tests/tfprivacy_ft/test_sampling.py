@@ -8,9 +8,9 @@ import pytest
 import tensorflow as tf
 from helpers import CrossEntropy, compile_for_sum, global_norm, layers, trainable_values
 
-from tfprivacy_ft import sampling
+from tfprivacy_ft import arrays, sampling
 from tfprivacy_ft.errors import DatasetError, InvalidArgumentError
-from tfprivacy_ft.sampling import UNKNOWN, Sampling, aligned, poisson_batches, repeats_before_batching
+from tfprivacy_ft.sampling import UNKNOWN, Sampling, poisson_batches, repeats_before_batching
 
 
 def drawn(dataset):
@@ -86,25 +86,11 @@ def test_rows_of_every_kind_are_drawn_as_they_are_and_padded_with_nothing(rows):
 
 def test_tensorflow_reads_a_batch_where_it_was_drawn(monkeypatch):
     """Copies of rows as long as features cost more than a step on them."""
-    taken, take = [], sampling._take
-    monkeypatch.setattr(sampling, "_take", lambda *args, **kwargs: taken.append(take(*args, **kwargs)) or taken[-1])
+    taken, take = [], sampling.take_rows
+    monkeypatch.setattr(sampling, "take_rows", lambda *args, **kwargs: taken.append(take(*args, **kwargs)) or taken[-1])
     x, _, _ = next(iter(poisson_batches(np.ones([300, 50], np.float32), np.ones(300), batch_size=150)))
     taken[0][...] = 7.0
     assert (x.numpy() == 7.0).all()
-
-
-def test_memory_is_used_again_only_once_nobody_holds_an_array_in_it():
-    memory, shape = sampling._Memory(), (1000, 500)
-    first = memory.array(np.dtype(np.float32), shape)
-    first[:] = 1.0
-    part, place = first[3:7, 2], first.ctypes.data
-    del first
-    second = memory.array(np.dtype(np.float32), shape)
-    second[:] = 2.0
-    assert second.ctypes.data != place and (part == 1.0).all()
-    del part
-    assert memory.array(np.dtype(np.float32), (1010, 500)).ctypes.data == place
-    assert memory.array(np.dtype(np.float32), (1200, 500)).ctypes.data != place  # it has become too small
 
 
 def test_batches_that_somebody_holds_stay_as_they_were_drawn():
@@ -235,7 +221,7 @@ def test_rows_that_are_repeated_before_they_are_batched_are_seen(repeats, datase
 
 
 def test_a_batch_of_everybody_is_the_array_itself_and_training_leaves_it_as_it_is():
-    x = aligned(np.dtype(np.float32), (32, 3))
+    x = arrays.aligned(np.dtype(np.float32), (32, 3))
     x[:] = np.random.default_rng(0).normal(size=x.shape)
     before = x.copy()
     ((batch, _, _),) = poisson_batches(x, np.zeros(32), batch_size=32)

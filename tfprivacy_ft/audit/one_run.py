@@ -15,10 +15,11 @@ import numpy as np
 import tensorflow as tf
 
 from tfprivacy_ft import _check
+from tfprivacy_ft.arrays import nested_arrays, number_of_examples
 from tfprivacy_ft.audit.bounds import epsilon_lower_bound
 from tfprivacy_ft.errors import InvalidArgumentError, UnsupportedModelError
 from tfprivacy_ft.keras_compat import keras
-from tfprivacy_ft.sampling import PADDING, nested_arrays, number_of_examples
+from tfprivacy_ft.sampling import PADDING
 from tfprivacy_ft.statement import figure
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ import numpy as np
 import tensorflow as tf
 
 from tfprivacy_ft import _own_files
+from tfprivacy_ft.arrays import aligned, nested_arrays
 from tfprivacy_ft.errors import DatasetError
 from tfprivacy_ft.finetune.checkpoints import digest
-from tfprivacy_ft.sampling import aligned, nested_arrays
 
 _ROWS = 128  # computed at once
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfprivacy_ft.arrays import nested_arrays, number_of_examples
 from tfprivacy_ft.errors import DatasetError
-from tfprivacy_ft.sampling import nested_arrays, number_of_examples
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
