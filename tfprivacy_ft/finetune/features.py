@@ -73,7 +73,7 @@ def _write(writer: BinaryIO, model: Any, x: Any, shape: tuple[int, int]) -> None
 def _in_parts(model: Any, x: Any, size: int) -> Iterator[np.ndarray]:
     """What the model gives, float32, `_ROWS` rows at once."""
     specs = tf.nest.map_structure(lambda part: tf.TensorSpec([None, *part.shape[1:]], part.dtype), x)
-    traced = tf.function(lambda rows: tf.cast(model(rows, training=False), tf.float32), autograph=False)
+    traced = tf.function(lambda rows: tf.cast(model(rows, training=False), tf.float32))
     forward = traced.get_concrete_function(specs)  # called by itself, each model's would seem one function traced again
     for start in range(0, size, _ROWS):
         rows = tf.nest.map_structure(lambda part, start=start: tf.constant(part[start : start + _ROWS]), x)

@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from tfprivacy_ft import models
 from tfprivacy_ft.errors import DatasetError
 from tfprivacy_ft.finetune import features
+from tfprivacy_ft.keras_compat import IS_KERAS_3, keras
 
 X = np.random.default_rng(0).normal(size=(2100, 4)).astype("float32")
 
@@ -38,3 +40,19 @@ def test_a_folder_that_cannot_be_written_is_refused(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DatasetError, match="cannot be kept in"):
         features.compute(model, X[:9], cache=tmp_path / "file")
+
+
+class Doubled(keras.layers.Layer):
+    """Python's `if` on a tensor, which TensorFlow rewrites."""
+
+    def call(self, inputs):
+        if tf.reduce_sum(inputs) > 0:
+            return 2 * inputs
+        return inputs
+
+
+@pytest.mark.skipif(IS_KERAS_3, reason="Keras 3 refuses such a layer when the model is made")
+def test_layers_may_branch_on_what_they_see():
+    inputs = keras.layers.Input((4,))
+    doubled = keras.Model(inputs, Doubled()(inputs))
+    np.testing.assert_array_equal(features.compute(doubled, np.abs(X[:200])), 2 * np.abs(X[:200]))
