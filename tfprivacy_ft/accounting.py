@@ -20,7 +20,7 @@ from tfprivacy_ft import _check, bounds, gaussian
 from tfprivacy_ft.errors import BudgetExceededError, InvalidArgumentError, UnsupportedEventError
 from tfprivacy_ft.events import Event, Relation, Sampler, Unit, merge
 from tfprivacy_ft.releases import Release, from_events, has_closed_form, has_pld, needs_lemma
-from tfprivacy_ft.root_finding import FAR, LEAST_NOISE, MOST_NOISE, largest_count, least_noise, log_excess
+from tfprivacy_ft.root_finding import LEAST_NOISE, MOST_NOISE, largest_count, least_noise, log_excess
 
 Accountant = Literal["pld", "rdp"]
 
@@ -33,6 +33,7 @@ __all__ = [
     "epsilon",
     "epsilon_without_amplification",
     "gaussian_epsilon",
+    "quick_epsilon",
     "releases_left",
     "renyi_divergences",
     "solve_batch_size",
@@ -129,14 +130,7 @@ def epsilon(
       Sampled Gaussian Mechanism" (RDP); Wang, Balle, Kasiviswanathan 2019, Theorem 27 (fixed-size cohorts).
     """
     _check.open_unit_interval(delta=delta)
-    if accountant not in ("pld", "rdp"):
-        raise InvalidArgumentError(f"accountant={accountant!r} is not an accountant: use 'pld' or 'rdp'.")
-    if value_discretization_interval is not None:
-        _check.positive(value_discretization_interval=value_discretization_interval)
-    releases = from_events(_one_group(events))
-    if accountant == "rdp":
-        return bounds.rdp_epsilon(releases, float(delta))
-    return bounds.pld_epsilon(releases, float(delta), value_discretization_interval)
+    return _measure(accountant, value_discretization_interval)(from_events(_one_group(events)), float(delta))
 
 
 def epsilon_without_amplification(events: Event | Iterable[Event], delta: float) -> float:
@@ -363,25 +357,11 @@ def solve_noise_multiplier(
     _check.positive(target_epsilon=target_epsilon)
     _check.open_unit_interval(delta=delta)
 
-    def guess_by(measure: Callable[..., float]) -> Callable[[float], float]:
-        def excess(noise: float) -> float:
-            releases = from_events(_one_group(events_for(noise)))
-            return log_excess(measure(releases, delta=float(delta)), target_epsilon)
-
-        return excess
-
-    def excess(noise: float) -> float:
-        spent = epsilon(
-            events_for(noise),
-            delta,
-            accountant=accountant,
-            value_discretization_interval=value_discretization_interval,
-        )
-        return log_excess(spent, target_epsilon)
-
+    exact = _measure(accountant, value_discretization_interval)
     # A formula, then a coarse grid for a tenth of the time, leave two or three looks at the fine grid.
     looks = (bounds.limit_epsilon, bounds.coarse_epsilon) if accountant == "pld" else (bounds.limit_epsilon,)
-    found = least_noise(excess, [guess_by(look) for look in looks])
+    excess, *guesses = (_excess_by(measure, events_for, target_epsilon, float(delta)) for measure in (exact, *looks))
+    found = least_noise(excess, guesses)
     if found is None:
         raise InvalidArgumentError(
             f"target_epsilon={target_epsilon} is not met by any noise multiplier between {LEAST_NOISE:g} and "
@@ -518,20 +498,36 @@ def solve_batch_size(
     _check.open_unit_interval(delta=delta)
     _check.positive_integer(most=most)
 
-    def excess_by(measure: Callable[..., float]) -> Callable[[int], float]:
-        def excess(size: int) -> float:
-            if not size:
-                return -FAR
-            return log_excess(measure(from_events(_one_group(events_for(size))), delta=float(delta)), target_epsilon)
-
-        return excess
-
-    excess = excess_by(bounds.rdp_epsilon if accountant == "rdp" else bounds.fine_epsilon)
+    excess = _excess_by(_measure(accountant), events_for, target_epsilon, float(delta))
     if excess(most) <= 0:
         return most
     is_costly = accountant == "pld" and not has_closed_form(from_events(_one_group(events_for(1))))
     looks = (bounds.limit_epsilon, bounds.coarse_epsilon) if is_costly else ()  # as in `solve_noise_multiplier`
-    return largest_count(excess, most - 1, [excess_by(look) for look in looks])
+    guesses = [_excess_by(look, events_for, target_epsilon, float(delta)) for look in looks]
+    return largest_count(excess, most - 1, guesses)
+
+
+def _measure(
+    accountant: Accountant, value_discretization_interval: float | None = None
+) -> Callable[[tuple[Release, ...], float], float]:
+    """What an accountant makes of releases and delta."""
+    if accountant not in ("pld", "rdp"):
+        raise InvalidArgumentError(f"accountant={accountant!r} is not an accountant: use 'pld' or 'rdp'.")
+    if value_discretization_interval is not None:
+        _check.positive(value_discretization_interval=value_discretization_interval)
+    if accountant == "rdp":
+        return bounds.rdp_epsilon
+    return lambda releases, delta: bounds.pld_epsilon(releases, delta, value_discretization_interval)
+
+
+def _excess_by(
+    measure: Callable[[tuple[Release, ...], float], float],
+    events_for: Callable[[Any], Event | Iterable[Event]],
+    target_epsilon: float,
+    delta: float,
+) -> Callable[[Any], float]:
+    """By how much the events for a noise or a size pass the target, as a search asks for it."""
+    return lambda value: log_excess(measure(from_events(_one_group(events_for(value))), delta), target_epsilon)
 
 
 def _as_list(events: Event | Iterable[Event]) -> list[Event]:

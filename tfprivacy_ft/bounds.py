@@ -15,8 +15,6 @@ from tfprivacy_ft import gaussian, pure
 from tfprivacy_ft.errors import UnsupportedEventError
 from tfprivacy_ft.releases import Release, has_closed_form, has_pld, is_sampled, needs_lemma
 
-_DEFAULT_DISCRETIZATION = 1e-4  # of privacy losses, for PLD; a coarser grid gives a larger epsilon, never a smaller one
-
 __all__ = [
     "by_group_lemma",
     "coarse_epsilon",
@@ -64,8 +62,6 @@ def _gaussians_epsilon(releases: Iterable[Release], delta: float) -> float:
     """Composed Gaussians are one Gaussian: the squares of 1 / noise add up."""
     mu_squared = 0.0
     for release in releases:
-        if release.noise_multiplier == 0:
-            return math.inf
         mu_squared += release.times / release.noise_of_group / release.noise_of_group
     return gaussian.epsilon_at(math.sqrt(mu_squared), delta)
 
@@ -197,6 +193,7 @@ def by_group_lemma(
 
 # Privacy loss distributions.
 
+_DEFAULT_DISCRETIZATION = 1e-4  # of privacy losses; a coarser grid gives a larger epsilon, never a smaller one
 _MOST_CELLS = 500_000  # of a grid of losses; one evaluation then takes about a second at most
 _MOST_PURE_EPSILON = 500.0  # the exponential of larger ones is beyond floating point
 _WIDEST_CELL = 700.0  # likewise
@@ -247,10 +244,10 @@ def _loss_of_one_pure(pure_epsilon: float, interval: float) -> Any:
 def _default_interval(releases: tuple[Release, ...]) -> float:
     """1e-4, or 1e-3 for mixtures, doubled until the largest losses that matter fit into `_MOST_CELLS` cells."""
     pure_epsilons = {release.pure_epsilon for release in releases if release.mechanism == "laplace"}
-    gaussian = [release.noise_of_group for release in releases if release.mechanism == "gaussian"]
-    if not gaussian and len(pure_epsilons) == 1:
+    noises = [release.noise_of_group for release in releases if release.mechanism == "gaussian"]
+    if not noises and len(pure_epsilons) == 1:
         return pure_epsilons.pop()  # all losses are multiples of it: nothing is rounded
-    of_one = max([*pure_epsilons, *(10 / noise + 0.5 / noise**2 for noise in gaussian)])
+    of_one = max([*pure_epsilons, *(10 / noise + 0.5 / noise**2 for noise in noises)])
     # The loss of a mixture is found cell by cell, which takes half a minute on the finer grid.
     finest = 10 * _DEFAULT_DISCRETIZATION if needs_lemma(releases) and has_mixtures() else _DEFAULT_DISCRETIZATION
     # The loss of a pure mechanism is one number, rounded up to the grid.
@@ -294,6 +291,7 @@ def coarse_epsilon(releases: tuple[Release, ...], delta: float) -> float:
 
 
 def fine_epsilon(releases: tuple[Release, ...], delta: float) -> float:
+    """By the default grid."""
     return pld_epsilon(releases, delta, None)
 
 
@@ -315,6 +313,7 @@ def _loss_of_all(releases: tuple[Release, ...], interval: float) -> Any:
 
 @functools.lru_cache(maxsize=1024)
 def pld_epsilon(releases: tuple[Release, ...], delta: float, interval: float | None) -> float:
+    """Losses are composed on a grid of this interval, or the default one; the closed form where that is exact."""
     if not has_pld(releases):
         raise UnsupportedEventError(
             "accountant='pld' has no bound for fixed-size cohorts drawn without replacement: use accountant='rdp', or "

@@ -73,6 +73,7 @@ def from_events(events: Iterable[Event], noise_factor: float = 1.0) -> tuple[Rel
 
 
 def is_sampled(releases: Iterable[Release]) -> bool:
+    """Whether somebody may be left out of one by chance."""
     return any(release.drawn != "everyone" for release in releases)
 
 
@@ -87,4 +88,5 @@ def needs_lemma(releases: Iterable[Release]) -> bool:
 
 
 def has_pld(releases: Iterable[Release]) -> bool:
+    """Whether the losses of all of them have a known distribution; not so those of fixed-size cohorts."""
     return not any(release.drawn == "fixed" and release.mechanism == "gaussian" for release in releases)

@@ -7,19 +7,19 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-__all__ = ["FAR", "LEAST_NOISE", "MOST_NOISE", "largest_count", "least_noise", "log_excess"]
+__all__ = ["LEAST_NOISE", "MOST_NOISE", "largest_count", "least_noise", "log_excess"]
 
 LEAST_NOISE, MOST_NOISE = 1e-3, 1e7
 _NOISE_TOLERANCE = 1e-4  # relative
 _ROUGH_TOLERANCE = 5e-3  # a straight line across is closer to the answer than `_NOISE_TOLERANCE` by far
-FAR = 50.0  # stands for an infinitely bad or good fit, so that the searches can interpolate
+_FAR = 50.0  # stands for an infinitely bad or good fit, so that the searches can interpolate
 
 
 def log_excess(spent: float, target: float) -> float:
     """log(spent / target), kept finite: positive exactly when the target is passed."""
     if spent > target:
-        return max(min(FAR, math.log(spent / target)), 1e-300)
-    return max(-FAR, math.log(spent / target)) if spent > 0 else -FAR
+        return max(min(_FAR, math.log(spent / target)), 1e-300)
+    return max(-_FAR, math.log(spent / target)) if spent > 0 else -_FAR
 
 
 def least_noise(excess: Callable[[float], float], guesses: Sequence[Callable[[float], float]] = ()) -> float | None:
@@ -135,7 +135,7 @@ def _narrow_noise(excess: Callable[[float], float], bracket: _Bracket, tolerance
 
 
 def _largest_count(excess: Callable[[int], float], start: int, most: int) -> int:
-    low, low_miss, high, high_miss = 0, -FAR, most + 1, FAR
+    low, low_miss, high, high_miss = 0, -_FAR, most + 1, _FAR
     guess = min(start, most)
     stride = 1.05
     while high - low > 1:

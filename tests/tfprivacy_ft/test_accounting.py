@@ -189,6 +189,10 @@ def test_delta_outside_its_range_is_refused(delta):
 def test_an_unknown_accountant_is_refused():
     with pytest.raises(InvalidArgumentError, match="accountant"):
         accounting.epsilon([], 1e-5, accountant="moments")
+    with pytest.raises(InvalidArgumentError, match="accountant"):
+        accounting.solve_batch_size(
+            target_epsilon=1.0, delta=1e-5, events_for=lambda n: poisson(n / 9, 1.0, 1), most=9, accountant="moments"
+        )
 
 
 def test_a_large_delta_is_warned_about():

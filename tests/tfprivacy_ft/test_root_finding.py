@@ -56,5 +56,5 @@ def test_a_count_is_the_largest_that_fits(answer, most, power, offset):
 def test_an_excess_is_positive_exactly_where_the_target_is_passed():
     above = math.nextafter(3.0, 4.0)
     assert root_finding.log_excess(3.0, 3.0) == 0 < root_finding.log_excess(above, 3.0)
-    assert root_finding.log_excess(0.0, 3.0) == -root_finding.FAR
-    assert root_finding.log_excess(math.inf, 3.0) == root_finding.FAR
+    assert root_finding.log_excess(0.0, 3.0) == -root_finding._FAR
+    assert root_finding.log_excess(math.inf, 3.0) == root_finding._FAR
